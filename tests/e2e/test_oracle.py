@@ -1,0 +1,66 @@
+"""Over budget: what the engine evicts and says is what the oracle evicts and says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+
+from ..engines import engine
+from ..models import random_prompts
+from ..oracle import Case, judge
+
+POLICIES: dict[str, dict[str, int]] = {
+    "streaming": {"sink_tokens": 4, "recent_tokens": 128},
+    "semantic": {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 128},
+}
+
+# Float32 on both sides, two layers: the two differ in summation order alone. The bound is
+# float32's unit roundoff times the number of sums behind a logit (width x layers x length).
+TOLERANCE = 2**-24 * 256 * 2 * 16
+
+
+@pytest.mark.parametrize("block_size", [32, 64])
+@pytest.mark.parametrize("architecture", ["llama", "neox"])
+def test_engine_agrees_with_oracle(
+    architecture: str, block_size: int, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(architecture)
+    prompts = random_prompts([600, 60, 900, 300])
+    params = SamplingParams(
+        max_tokens=280, temperature=0, ignore_eos=True, detokenize=False, logprobs=1
+    )
+    cases, traces, answers = [], [], []
+    for policy, options in POLICIES.items():
+        with engine(model, policy=policy, kv_policy_config=options, block_size=block_size) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            traces += llm.trace.by_index()
+        for prompt, output in zip(prompts, outputs, strict=True):
+            completion = output.outputs[0]
+            answers.append(completion)
+            cases.append(
+                Case(
+                    model=model,
+                    token_ids=prompt["prompt_token_ids"] + list(completion.token_ids),
+                    num_prompt_tokens=len(prompt["prompt_token_ids"]),
+                    block_size=block_size,
+                    prefill_interval=512,
+                    **options,
+                )
+            )
+    for case, trace, answer, verdict in zip(cases, traces, answers, judge(cases), strict=True):
+        assert_agrees(case, trace, answer, verdict)
+    eviction_steps = {frozenset(trace) for trace in traces if trace}
+    assert len(eviction_steps) > 4, "requests must evict in different steps"
+
+
+def assert_agrees(case: Case, trace: dict[int, list[int]], answer: Any, verdict: Any) -> None:
+    assert trace == verdict.evictions
+    assert trace, "nothing was evicted: the case shows nothing"
+    for position, (logprobs, expected, greedy, gap) in enumerate(
+        zip(answer.logprobs, verdict.logprobs, verdict.greedy, verdict.gaps, strict=True)
+    ):
+        token = answer.token_ids[position]
+        assert logprobs[token].logprob == pytest.approx(expected, abs=TOLERANCE)
+        assert token == greedy or gap < TOLERANCE, f"position {position}"

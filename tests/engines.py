@@ -1,0 +1,113 @@
+"""Real vLLM engines in the test process, one at a time, with what they did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_semantic.messages import step_of
+
+
+@dataclass
+class Trace:
+    """What the scheduler of an engine decided, request by request."""
+
+    evictions: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    """Request -> computed tokens at the eviction -> logical blocks."""
+    max_held: dict[str, int] = field(default_factory=dict)
+    """Request -> most blocks it held after any step."""
+    num_preemptions: int = 0
+
+    def by_index(self) -> list[dict[int, list[int]]]:
+        """Evictions in the order of the prompts (vLLM's ids begin with their number)."""
+        return [self.evictions[key] for key in sorted(self.evictions, key=request_number)]
+
+
+def request_number(request_id: str) -> int:
+    return int(request_id.split("-")[0])
+
+
+@contextmanager
+def engine(model: str, *, policy: str | None = None, **kwargs: Any) -> Iterator[Any]:
+    """A small engine; afterwards its block pool must be whole again.
+
+    ``llm.trace`` holds what the scheduler did since the last ``reset_trace(llm)``.
+    """
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from vllm_semantic import LLM
+
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "block_size": 32,
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 512,
+        "kv_cache_memory_bytes": 32 << 20,
+        "enable_prefix_caching": False,
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+    }
+    llm = LLM(model, kv_policy=policy, **(defaults | kwargs))
+    try:
+        _follow(llm)
+        yield llm
+        assert_pool_whole(llm)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+def scheduler_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def manager_of(llm: Any) -> Any:
+    return scheduler_of(llm).kv_policy_managers[0]
+
+
+def reset_trace(llm: Any) -> None:
+    llm.trace = Trace()
+
+
+def assert_pool_whole(llm: Any) -> None:
+    """Every block but the null block is free, and nothing of a request is left behind."""
+    scheduler = scheduler_of(llm)
+    pool = scheduler.kv_cache_manager.block_pool
+    assert not scheduler.requests
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    assert all(block.ref_cnt == 0 for block in pool.blocks if not block.is_null)
+    for manager in getattr(scheduler, "kv_policy_managers", {}).values():
+        assert not manager._requests
+        assert not manager._evictions
+
+
+def _follow(llm: Any) -> None:
+    """Record every scheduler step; the engine itself is not changed."""
+    reset_trace(llm)
+    scheduler = scheduler_of(llm)
+    schedule, preempt = scheduler.schedule, scheduler._preempt_request
+
+    def following_schedule(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        step = step_of(output)
+        for evictions in step.evictions.values() if step else ():
+            for request_id, blocks in evictions.items():
+                at = scheduler.requests[request_id].num_computed_tokens
+                at -= output.num_scheduled_tokens.get(request_id, 0)
+                llm.trace.evictions.setdefault(request_id, {})[at] = blocks
+        for request_id in output.num_scheduled_tokens:
+            llm.trace.evictions.setdefault(request_id, {})
+            for manager in getattr(scheduler, "kv_policy_managers", {}).values():
+                held = manager.num_kept_blocks(request_id)
+                llm.trace.max_held[request_id] = max(held, llm.trace.max_held.get(request_id, 0))
+        return output
+
+    def following_preempt(*args: Any, **kwargs: Any) -> Any:
+        llm.trace.num_preemptions += 1
+        return preempt(*args, **kwargs)
+
+    scheduler.schedule, scheduler._preempt_request = following_schedule, following_preempt

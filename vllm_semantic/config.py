@@ -1,0 +1,159 @@
+"""From what the user wrote to a policy: parsing, validation, messages that help."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .policies import POLICIES, KVPolicy
+
+POLICY_FLAG = "--kv-policy"
+CONFIG_FLAG = "--kv-policy-config"
+
+CONFIG_KEY = "kv_policy"
+"""Key of ``VllmConfig.additional_config`` under which the policy travels."""
+
+MAX_TOKENS = 2**31 - 1
+"""vLLM counts positions in int32."""
+
+
+def resolve_policy_class(name: object) -> type[KVPolicy]:
+    """Find a policy by name, or by the qualified name of a class of one's own.
+
+    Raises:
+        ValueError: ``name`` is neither.
+    """
+    if isinstance(name, str):
+        if name in POLICIES:
+            return POLICIES[name]
+        module_name, _, class_name = name.rpartition(".")
+        if module_name:
+            try:
+                cls = getattr(importlib.import_module(module_name), class_name)
+            except (ImportError, AttributeError) as error:
+                raise ValueError(f"{POLICY_FLAG} {name!r}: {error}") from error
+            if isinstance(cls, type) and issubclass(cls, KVPolicy):
+                return cls
+            raise ValueError(f"{POLICY_FLAG} {name!r} is not a subclass of KVPolicy")
+    raise ValueError(
+        f"{POLICY_FLAG} {name!r} is not known; allowed: {', '.join(POLICIES)}, "
+        "or the qualified name of a KVPolicy class"
+    )
+
+
+def make_policy(name: object, options: Mapping[str, Any] | None = None) -> KVPolicy:
+    """Build a policy from its name and options.
+
+    Args:
+        name: a key of :data:`~vllm_semantic.policies.POLICIES` or a qualified class name.
+        options: the policy's options in tokens; missing ones take their defaults.
+
+    Raises:
+        ValueError: an unknown name or option, or a value out of range. The message names
+            the flag, the value and what is allowed.
+    """
+    cls = resolve_policy_class(name)
+    known = cls.options()
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{CONFIG_FLAG} {options!r} is not a JSON object such as {known}")
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(
+                f"{CONFIG_FLAG}.{key} is not an option of policy {name!r}; "
+                f"allowed: {', '.join(known) or 'none'}"
+            )
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_TOKENS:
+            raise ValueError(
+                f"{CONFIG_FLAG}.{key} {value!r} is not a number of tokens; "
+                f"allowed: integers from 0 to {MAX_TOKENS}"
+            )
+    policy = cls(**options)
+    if policy.bounded and policy.recent_tokens == 0:
+        raise ValueError(
+            f"{CONFIG_FLAG}.recent_tokens 0 would evict what was just written; "
+            f"allowed: integers from 1 to {MAX_TOKENS}"
+        )
+    return policy
+
+
+def policy_from_config(config: object) -> KVPolicy:
+    """Build a policy from ``additional_config["kv_policy"]``.
+
+    Args:
+        config: ``{"name": ..., **options}``, or just a name.
+
+    Raises:
+        ValueError: as :func:`make_policy`.
+    """
+    if isinstance(config, str):
+        return make_policy(config)
+    if not isinstance(config, Mapping) or "name" not in config:
+        raise ValueError(
+            f"additional_config[{CONFIG_KEY!r}] {config!r} is not of the form "
+            '{"name": "semantic", "semantic_tokens": 192}'
+        )
+    return make_policy(config["name"], {k: v for k, v in config.items() if k != "name"})
+
+
+def policy_to_config(name: str | None, options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The form in which flags travel, validated; ``None`` where no policy is asked for.
+
+    Raises:
+        ValueError: as :func:`make_policy`, or options without a policy.
+    """
+    if name is None:
+        if options:
+            raise ValueError(
+                f"{CONFIG_FLAG} {dict(options)!r} needs {POLICY_FLAG}; "
+                f"allowed: {', '.join(POLICIES)}"
+            )
+        return None
+    make_policy(name, options)
+    return {"name": name, **(options or {})}
+
+
+def check_block_size(policy: KVPolicy, block_size: int) -> None:
+    """Refuse a block size that is coarser than a part of the budget.
+
+    Sink tokens always round up to at least a block and are not checked.
+
+    Raises:
+        ValueError: rounding up to whole blocks would distort the budget.
+    """
+    if not policy.bounded:
+        return
+    for option, tokens in policy_parts(policy).items():
+        if tokens and block_size > tokens:
+            raise ValueError(
+                f"--block-size {block_size} is too coarse for {CONFIG_FLAG}.{option} {tokens}; "
+                f"allowed: a block size of at most {tokens}, or {option} of at least {block_size}"
+            )
+
+
+def policy_parts(policy: KVPolicy) -> dict[str, int]:
+    """The parts of a budget that block rounding must respect, by option name."""
+    return {
+        option: getattr(policy, option) for option in policy.options() if option != "sink_tokens"
+    }
+
+
+def describe(policy: KVPolicy, block_size: int) -> str:
+    """The policy and its budget, for the start log."""
+    if not policy.bounded:
+        return f"KV policy {policy.name}: every block is kept"
+    parts = " + ".join(
+        f"{option.removesuffix('_tokens')} {getattr(policy, option)}" for option in policy.options()
+    )
+    total = policy.budget(block_size).total
+    return (
+        f"KV policy {policy.name}: {parts} = {policy.budget_tokens} tokens, "
+        f"held as {total} blocks of {block_size} ({total * block_size} tokens) per request"
+    )
+
+
+def capacity(num_blocks: int, blocks_per_request: int) -> int:
+    """Requests of ``blocks_per_request`` blocks that a pool of ``num_blocks`` holds."""
+    return math.floor(max(num_blocks, 0) / blocks_per_request)

@@ -1,0 +1,1 @@
+"""Subclasses of vLLM's own parts: spec, block manager, scheduler, worker, backend."""

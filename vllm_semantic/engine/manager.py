@@ -1,0 +1,232 @@
+"""The block manager of a KV cache group under a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+from ..config import check_block_size
+from ..messages import BlockIndices, ScoreRequest
+from ..policies.selection import (
+    blocks_to_evict,
+    first_eviction_point,
+    is_eviction_point,
+    next_eviction_point,
+)
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from .spec import SemanticSpec
+
+
+@dataclass
+class RequestBlocks:
+    """One request's state under the policy. Written by :class:`SemanticManager` only."""
+
+    kept: BlockIndices = field(default_factory=list)
+    """Logical indices of the full blocks held, as of the last eviction point."""
+
+    num_seen: int = 0
+    """Full blocks there were at the last eviction point, evicted ones included."""
+
+    num_exact_tokens: int | None = None
+    """Leading tokens computed before anything was evicted; ``None`` before that."""
+
+    scores: dict[int, float] = field(default_factory=dict)
+    """Newest scores by logical index; used at most once."""
+
+    def kept_at(self, num_full_blocks: int) -> BlockIndices:
+        """The full blocks held once ``num_full_blocks`` have been computed."""
+        return self.kept + list(range(self.num_seen, num_full_blocks))
+
+
+@dataclass
+class EvictionStats:
+    """Counters of one manager since the start of the engine."""
+
+    evicted_blocks: int = 0
+    scored_blocks: int = 0
+    evicting_requests: int = 0
+
+
+class SemanticManager(FullAttentionManager):
+    """Keeps each request within its policy's budget of blocks.
+
+    Evicted blocks become null blocks in ``req_to_blocks`` and return to the pool at once;
+    ``RSWAManager`` (vllm/v1/core/single_type_kv_cache_manager.py) is the precedent for
+    tables with holes. Everything per request is dropped when its blocks are freed, which
+    covers finish, abort and preemption.
+    """
+
+    def __init__(self, kv_cache_spec: SemanticSpec, **kwargs: Any) -> None:
+        check_block_size(kv_cache_spec.policy, kv_cache_spec.block_size)
+        # vLLM passes the cap to its own spec types only.
+        kwargs["max_admission_blocks_per_request"] = kv_cache_spec.max_admission_blocks
+        super().__init__(kv_cache_spec, **kwargs)
+        self.policy = kv_cache_spec.policy
+        self.budget = kv_cache_spec.budget
+        self.prefill_interval = kv_cache_spec.prefill_interval
+        self.stats = EvictionStats()
+        self._requests: dict[str, RequestBlocks] = {}
+        self._evictions: dict[str, BlockIndices] = {}
+
+    # -- what the scheduler asks ------------------------------------------------------
+
+    def clip_to_eviction_point(self, request: Request, num_computed: int, num_new: int) -> int:
+        """Shorten a chunk so that it does not run past a point at which blocks must go.
+
+        Args:
+            request: the request to schedule.
+            num_computed: tokens computed or in flight before the chunk.
+            num_new: tokens the scheduler would like to compute.
+
+        Returns:
+            At most ``num_new`` tokens.
+        """
+        if not self.policy.bounded or num_new <= 1:
+            return num_new
+        num_prompt = request.num_prompt_tokens
+        point = next_eviction_point(
+            num_computed, num_prompt, self.block_size, self.prefill_interval
+        )
+        while point < num_computed + num_new:
+            if self._num_kept_at(request.request_id, point) > self.budget.total:
+                return point - num_computed
+            point = next_eviction_point(point, num_prompt, self.block_size, self.prefill_interval)
+        return num_new
+
+    def max_prefix_hit_tokens(self, request: Request) -> int | None:
+        """The longest prefix hit that still computes the query of the first eviction.
+
+        Without this limit a request would evict other blocks when its prefix was cached.
+        """
+        if not self.policy.bounded:
+            return None
+        point = first_eviction_point(
+            request.num_prompt_tokens, self.block_size, self.prefill_interval, self.budget
+        )
+        return (point - 1) // self.block_size * self.block_size
+
+    def score_request(self, request: Request, num_computed: int) -> ScoreRequest | None:
+        """Ask for scores if the step just scheduled ends where blocks have to go.
+
+        Args:
+            request: a request of the step.
+            num_computed: tokens computed once the step has run.
+        """
+        if not self._at_eviction_point(num_computed, request.num_prompt_tokens):
+            return None
+        state = self._requests.get(request.request_id, RequestBlocks())
+        if self._num_kept_at(request.request_id, num_computed) <= self.budget.total:
+            return None
+        kept = state.kept_at(num_computed // self.block_size)
+        candidates = list(self.budget.candidates(kept))
+        blocks = self.req_to_blocks[request.request_id]
+        self.stats.scored_blocks += len(candidates)
+        return ScoreRequest(candidates, [blocks[i].block_id for i in candidates])
+
+    def record_scores(self, request_id: str, asked: ScoreRequest, scores: Sequence[float]) -> None:
+        """Keep scores for the request's next eviction; it must still hold blocks."""
+        if request_id in self.req_to_blocks:
+            state = self._requests.setdefault(request_id, RequestBlocks())
+            state.scores = dict(zip(asked.block_indices, scores, strict=True))
+
+    def take_evictions(self) -> dict[str, BlockIndices]:
+        """Drain the evictions since the last call, for the workers."""
+        evictions, self._evictions = self._evictions, {}
+        return evictions
+
+    def num_kept_blocks(self, request_id: str) -> int:
+        """Blocks the request holds now, the ones being filled included."""
+        return sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
+
+    # -- vLLM's own hooks -------------------------------------------------------------
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Evict down to the budget at an eviction point; called by ``allocate_slots``.
+
+        Args:
+            request_id: the request.
+            processed_computed_tokens: tokens whose steps have been settled: nothing in
+                flight writes the blocks before them.
+            num_prompt_tokens: the request's prompt length.
+        """
+        if num_prompt_tokens is None or not self._at_eviction_point(
+            processed_computed_tokens, num_prompt_tokens
+        ):
+            return
+        num_full_blocks = processed_computed_tokens // self.block_size
+        if self._num_kept_at(request_id, processed_computed_tokens) <= self.budget.total:
+            return
+        state = self._requests.setdefault(request_id, RequestBlocks())
+        kept = state.kept_at(num_full_blocks)
+        scores = None
+        if self.policy.scores_blocks:
+            candidates = self.budget.candidates(kept)
+            if not all(i in state.scores for i in candidates):
+                return  # not scored yet: stay over budget until the scores are here
+            scores = [state.scores[i] for i in candidates]
+        evicted = blocks_to_evict(kept, self.budget, scores)
+        self._evict(request_id, evicted)
+        if state.num_exact_tokens is None:
+            state.num_exact_tokens = processed_computed_tokens
+            self.stats.evicting_requests += 1
+        gone = set(evicted)
+        state.kept = [i for i in kept if i not in gone]
+        state.num_seen = num_full_blocks
+        state.scores = {}
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Offer blocks for sharing, but none that was computed after an eviction."""
+        state = self._requests.get(request.request_id)
+        if state is not None and state.num_exact_tokens is not None:
+            num_tokens = min(num_tokens, state.num_exact_tokens)
+        super().cache_blocks(
+            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+        )
+
+    def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        """Forget the request: it finished, was aborted, or was preempted."""
+        self._requests.pop(request_id, None)
+        self._evictions.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    # -- helpers ----------------------------------------------------------------------
+
+    def _at_eviction_point(self, num_tokens: int, num_prompt_tokens: int) -> bool:
+        return self.policy.bounded and is_eviction_point(
+            num_tokens, num_prompt_tokens, self.block_size, self.prefill_interval
+        )
+
+    def _num_kept_at(self, request_id: str, num_tokens: int) -> int:
+        num_full_blocks = num_tokens // self.block_size
+        state = self._requests.get(request_id)
+        if state is None:
+            return num_full_blocks
+        return len(state.kept) + num_full_blocks - state.num_seen
+
+    def _evict(self, request_id: str, block_indices: BlockIndices) -> None:
+        blocks = self.req_to_blocks[request_id]
+        freed = [blocks[i] for i in block_indices]
+        for i in block_indices:
+            blocks[i] = self._null_block
+        # The newest first, as vLLM frees a request: the oldest stay shareable longest.
+        self.block_pool.free_blocks(reversed(freed))
+        self._evictions.setdefault(request_id, []).extend(block_indices)
+        self.stats.evicted_blocks += len(block_indices)

@@ -1,0 +1,140 @@
+"""vLLM's schedulers with a policy: what was evicted goes out, scores come in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from ..config import capacity, describe
+from ..messages import KVPolicyStep, attach_step, scores_of, step_of
+from .manager import SemanticManager
+from .spec import SemanticSpec
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+
+logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, or INFO is lost
+
+
+class KVPolicyMixin(Scheduler):
+    """What both of vLLM's schedulers need; put before one of them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kv_policy_managers = {
+            manager.kv_cache_group_id: manager
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, SemanticManager)
+        }
+        if not self.kv_policy_managers:
+            raise ValueError(
+                "--kv-policy: this model has no full-attention layer to put under a policy "
+                f"(its KV cache groups: {self._group_kinds()})"
+            )
+        self.peak_kv_blocks = 0
+        for manager in self.kv_policy_managers.values():
+            self._log_policy(manager)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule a step; tell the workers what was evicted and what to score."""
+        output = super().schedule(*args, **kwargs)
+        step = KVPolicyStep()
+        for group_id, manager in self.kv_policy_managers.items():
+            if evictions := manager.take_evictions():
+                step.evictions[group_id] = evictions
+            if manager.policy.scores_blocks:
+                asked = {}
+                for request_id in output.num_scheduled_tokens:
+                    request = self.requests[request_id]
+                    # vLLM has already advanced this to the end of the step.
+                    score_request = manager.score_request(request, request.num_computed_tokens)
+                    if score_request is not None:
+                        asked[request_id] = score_request
+                if asked:
+                    step.score_requests[group_id] = asked
+        if step.evictions or step.score_requests:
+            attach_step(output, step)
+        pool = self.kv_cache_manager.block_pool
+        held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        self.peak_kv_blocks = max(self.peak_kv_blocks, held)
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Settle a step; hand its scores to the managers of requests that still run."""
+        step = step_of(scheduler_output)
+        if step is not None:
+            received = scores_of(model_runner_output)
+            for group_id, asked in step.score_requests.items():
+                for request_id, scores in received.get(group_id, {}).items():
+                    request = self.requests.get(request_id)
+                    # Stale: the step ran before a preemption, the blocks are gone.
+                    if request is not None and request.num_stale_output_tokens == 0:
+                        self.kv_policy_managers[group_id].record_scores(
+                            request_id, asked[request_id], scores
+                        )
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """End a chunk at the request's next eviction point; vLLM's last word on its size."""
+        num_new_tokens = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        for manager in self.kv_policy_managers.values():
+            num_new_tokens = manager.clip_to_eviction_point(
+                request, num_computed_tokens, num_new_tokens
+            )
+        return num_new_tokens
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """Look a prefix up, but leave the query of the first eviction to be computed."""
+        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        for manager in self.kv_policy_managers.values():
+            limit = manager.max_prefix_hit_tokens(request)
+            if limit is not None and num_tokens > limit:
+                num_tokens = limit // self.block_size * self.block_size
+                blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens)
+        return blocks, num_tokens, boundary, diverged
+
+    def _group_kinds(self) -> str:
+        groups = self.kv_cache_config.kv_cache_groups
+        return ", ".join(type(group.kv_cache_spec).__name__ for group in groups) or "none"
+
+    def _log_policy(self, manager: SemanticManager) -> None:
+        spec = manager.kv_cache_spec
+        assert isinstance(spec, SemanticSpec)
+        logger.info("%s", describe(spec.policy, spec.block_size))
+        num_blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        full_blocks = cdiv(self.max_model_len, spec.block_size)
+        held_blocks, shared_blocks = full_blocks, 0
+        if spec.policy.bounded:
+            # A step's tokens are shared by all requests; each also fills one block.
+            held_blocks = min(full_blocks, spec.budget.total + 1)
+            shared_blocks = cdiv(spec.max_in_flight_tokens, spec.block_size)
+        logger.info(
+            "KV policy %s: %d blocks hold %d requests of %d tokens; the full cache would hold %d",
+            spec.policy.name,
+            num_blocks,
+            capacity(num_blocks - shared_blocks, held_blocks),
+            self.max_model_len,
+            capacity(num_blocks, full_blocks),
+        )
+
+
+class SemanticScheduler(KVPolicyMixin, Scheduler):
+    """vLLM's scheduler with a policy."""
+
+
+class AsyncSemanticScheduler(KVPolicyMixin, AsyncScheduler):
+    """vLLM's asynchronous scheduler with a policy: scores arrive a step later."""

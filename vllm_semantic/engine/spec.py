@@ -1,0 +1,86 @@
+"""The KV cache format of a layer under a policy: full attention with a bounded request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
+
+from ..hooks import register_spec
+from ..policies import BlockBudget, KVPolicy
+from .manager import SemanticManager
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@register_spec(manager_class=SemanticManager, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class SemanticSpec(FullAttentionSpec):
+    """A full-attention layer whose requests hold a bounded number of blocks.
+
+    Derived from ``FullAttentionSpec`` (vllm/v1/kv_cache_interface.py): the page format is
+    unchanged, only sizing and the manager differ.
+    """
+
+    policy: KVPolicy = None  # type: ignore[assignment]
+    """Always set; a default only because a dataclass's bases have some."""
+
+    prefill_interval: int = 0
+    """Tokens of a prompt between two eviction points."""
+
+    max_in_flight_tokens: int = 0
+    """Tokens that one request may have scheduled but not settled, over all steps."""
+
+    @property
+    def budget(self) -> BlockBudget:
+        """The policy's budget in blocks of this spec."""
+        return self.policy.budget(self.block_size)
+
+    @property
+    def max_admission_blocks(self) -> int | None:
+        """The most blocks one request ever holds; ``None`` if it is not bounded.
+
+        The budget, the tokens since the last eviction point or in flight, and the block
+        that is being filled.
+        """
+        if not self.policy.bounded:
+            return None
+        return self.budget.total + cdiv(self.max_in_flight_tokens, self.block_size) + 1
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes that one request of ``max_model_len`` tokens needs of one layer."""
+        needed = super().max_memory_usage_bytes(vllm_config)
+        if self.max_admission_blocks is None:
+            return needed
+        return min(needed, self.max_admission_blocks * self.page_size_bytes)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """Merge the specs of one group; its layers share one policy."""
+        first = specs[0]
+        return replace(
+            super().merge(specs),
+            policy=first.policy,
+            prefill_interval=first.prefill_interval,
+            max_in_flight_tokens=first.max_in_flight_tokens,
+        )
+
+
+def semantic_spec(spec: KVCacheSpec, policy: KVPolicy, vllm_config: VllmConfig) -> KVCacheSpec:
+    """Put a full-attention layer under a policy; any other layer stays as it is.
+
+    A layer with a window of its own already forgets, also where vLLM manages it as full
+    attention, so it is left alone.
+    """
+    if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size:
+        return spec
+    return replace_as(
+        spec,
+        SemanticSpec,
+        policy=policy,
+        prefill_interval=vllm_config.scheduler_config.max_num_batched_tokens,
+        max_in_flight_tokens=vllm_config.max_in_flight_tokens,
+    )

@@ -1,0 +1,170 @@
+"""vLLM's workers with a policy: evictions reach the block table, scores leave."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+
+from ..config import CONFIG_KEY, policy_from_config
+from ..hooks import wrapped_attention_backends
+from ..messages import BlockScores, KVPolicyStep, attach_scores, step_of
+from .backend import CapturingImpl, CompactingBuilder
+from .capture import QueryCapture
+from .key_cache import KeyCache, cpu_key_permutation
+from .scorer import BlockScorer, ScoredGroup
+from .spec import SemanticSpec, semantic_spec
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+    from vllm.v1.worker.utils import AttentionGroup
+
+
+class ScoredAsyncOutput(AsyncModelRunnerOutput):
+    """An asynchronous output that brings its step's scores when it is collected."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, scores: BlockScores) -> None:
+        self._output = output
+        self._scores = scores
+
+    def get_output(self) -> ModelRunnerOutput:
+        output = self._output.get_output()
+        attach_scores(output, self._scores)
+        return output
+
+
+class KVPolicyWorkerMixin(Worker):
+    """What the workers of every platform need; put before one of them."""
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Load the model with wrapped attention backends; vLLM chooses which."""
+        self.kv_policy = policy_from_config(self.vllm_config.additional_config[CONFIG_KEY])
+        if not isinstance(self.model_runner, GPUModelRunner):
+            raise ValueError(
+                f"--kv-policy does not support {type(self.model_runner).__module__} yet; "
+                "set VLLM_USE_V2_MODEL_RUNNER=0"
+            )
+        with wrapped_attention_backends():
+            super().load_model(**kwargs)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """Put the full-attention layers under the policy."""
+        specs = super().get_kv_cache_spec()
+        return {
+            name: semantic_spec(spec, self.kv_policy, self.vllm_config)
+            for name, spec in specs.items()
+        }
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Connect the attention layers to the scorer once their cache exists.
+
+        Raises:
+            RuntimeError: a layer under the policy runs a backend that was not wrapped.
+        """
+        super().initialize_from_config(kv_cache_config)
+        self._query_capture = QueryCapture()
+        self._block_scores: BlockScores | None = None
+        groups = {}
+        for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
+            if isinstance(group.kv_cache_spec, SemanticSpec):
+                groups[group_id] = ScoredGroup(
+                    group.kv_cache_spec,
+                    {
+                        name: key_cache
+                        for attn_group in self.model_runner.attn_groups[group_id]
+                        for name, key_cache in self._connect(attn_group, group.kv_cache_spec)
+                    },
+                )
+        self._block_scorer = BlockScorer(groups, self._query_capture)
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Empty the evicted entries of the block tables, run, and score what was asked."""
+        step = step_of(scheduler_output) or KVPolicyStep()
+        self._apply_evictions(step)
+        self._query_capture.active = bool(step.score_requests)
+        output = super().execute_model(scheduler_output)
+        if step.score_requests:
+            rows = self.model_runner.input_batch.req_id_to_index
+            self._block_scores = self._block_scorer(step.score_requests, rows)
+        return output
+
+    def sample_tokens(
+        self, grammar_output: GrammarOutput | None
+    ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+        """Sample; send the step's scores along with the tokens."""
+        output = super().sample_tokens(grammar_output)
+        scores, self._block_scores = self._block_scores, None
+        if scores is None:
+            return output
+        if isinstance(output, AsyncModelRunnerOutput):
+            return ScoredAsyncOutput(output, scores)
+        attach_scores(output, scores)
+        return output
+
+    def _apply_evictions(self, step: KVPolicyStep) -> None:
+        """Write the null block into both of the runner's copies of a request's table.
+
+        Rows of running requests only ever grow, so an entry stays null once written.
+        """
+        runner = self.model_runner
+        for group_id, evictions in step.evictions.items():
+            table = runner.input_batch.block_table[group_id]
+            kernel_blocks = self._block_scorer.groups[group_id].kernel_blocks
+            for request_id, block_indices in evictions.items():
+                block_ids = runner.requests[request_id].block_ids[group_id]
+                for index in block_indices:
+                    block_ids[index] = 0
+                row = runner.input_batch.req_id_to_index.get(request_id)
+                if row is None:
+                    continue
+                for index in block_indices:
+                    start = index * kernel_blocks
+                    # An expanded null block is the kernel blocks 0, 1, ...
+                    table.block_table.np[row, start : start + kernel_blocks] = range(kernel_blocks)
+
+    def _connect(
+        self, attn_group: AttentionGroup, spec: SemanticSpec
+    ) -> list[tuple[str, KeyCache]]:
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention, attn_group.layer_names)
+        key_caches = []
+        for name, layer in layers.items():
+            kernel_blocks = spec.block_size // layer.kv_cache.shape[2]
+            if not isinstance(layer.impl, CapturingImpl):
+                raise RuntimeError(
+                    f"--kv-policy: layer {name} runs {attn_group.backend.get_name()}, "
+                    "which the plugin does not wrap"
+                )
+            layer.impl.query_capture = self._query_capture
+            key_caches.append((name, self._key_cache(layer, kernel_blocks)))
+        for builder in attn_group.metadata_builders:
+            if not isinstance(builder, CompactingBuilder):
+                raise RuntimeError(f"--kv-policy: {type(builder).__name__} is not wrapped")
+            builder.num_null_ids = kernel_blocks
+        return key_caches
+
+    def _key_cache(self, layer: Attention, kernel_blocks: int) -> KeyCache:
+        return KeyCache(layer.kv_cache, layer.head_size, kernel_blocks, None)
+
+
+class SemanticWorker(KVPolicyWorkerMixin, Worker):
+    """vLLM's GPU worker with a policy."""
+
+
+class SemanticCPUWorker(KVPolicyWorkerMixin, CPUWorker):
+    """vLLM's CPU worker with a policy."""
+
+    def _key_cache(self, layer: Attention, kernel_blocks: int) -> KeyCache:
+        kv_cache = layer.kv_cache
+        permutation = cpu_key_permutation(
+            kv_cache.shape[2],
+            layer.head_size,
+            kv_cache.dtype,
+            layer.isa,  # type: ignore[attr-defined]
+        )
+        return KeyCache(kv_cache, layer.head_size, kernel_blocks, permutation)

@@ -1,0 +1,270 @@
+"""Every place where the plugin touches vLLM's registries and classes.
+
+Each hook says what it is for and where it attaches in vLLM 0.32; ``tests/contract`` holds
+every upstream signature used here. Without a policy none of them changes anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .config import (
+    CONFIG_FLAG,
+    CONFIG_KEY,
+    POLICY_FLAG,
+    check_block_size,
+    policy_from_config,
+    policy_to_config,
+    resolve_policy_class,
+)
+from .policies import POLICIES, KVPolicy
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+SUPPORTED_VLLM = "0.32"
+
+SCHEDULERS = {
+    False: "vllm_semantic.engine.scheduler.SemanticScheduler",
+    True: "vllm_semantic.engine.scheduler.AsyncSemanticScheduler",
+}
+
+WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_semantic.engine.worker.SemanticCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_semantic.engine.worker.SemanticWorker",
+}
+
+DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
+"""Smallest block that a platform's kernels handle well."""
+
+_SpecT = TypeVar("_SpecT", bound="type[KVCacheSpec]")
+
+
+# -- flags and configuration -----------------------------------------------------------
+
+
+def install() -> None:
+    """Entry point ``vllm.general_plugins``: teach ``EngineArgs`` the policy flags.
+
+    Called in every process, more than once. vLLM loads general plugins before it builds
+    its parser (``AsyncEngineArgs.add_cli_args``) and in ``EngineArgs.__post_init__``.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    if getattr(EngineArgs.create_engine_config, "kv_policy_hook", False):
+        return
+    # Wrapping both ends survives every order of --additional-config and our flags.
+    EngineArgs.add_cli_args = staticmethod(_adding_flags(EngineArgs.add_cli_args))
+    EngineArgs.from_cli_args = classmethod(_reading_flags(EngineArgs.from_cli_args.__func__))
+    EngineArgs.create_engine_config = _finishing(EngineArgs.create_engine_config)
+    EngineArgs.create_engine_config.kv_policy_hook = True
+
+
+def _adding_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(add_cli_args)
+    def wrapper(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        group = parser.add_argument_group(
+            title="KVPolicy", description="Evict KV cache blocks of long sequences (vllm-semantic)."
+        )
+        group.add_argument(
+            POLICY_FLAG,
+            type=_policy_name,
+            default=None,
+            help=f"Which KV cache blocks a request keeps: {', '.join(POLICIES)}, or the qualified "
+            "name of a KVPolicy class. Default: vLLM's own cache, untouched.",
+        )
+        group.add_argument(
+            CONFIG_FLAG,
+            type=_json_object,
+            default=None,
+            help="Options of the policy in tokens, as JSON or one by one "
+            f"({CONFIG_FLAG}.semantic_tokens 512). "
+            + "; ".join(f"{name}: {cls.options()}" for name, cls in POLICIES.items()),
+        )
+        return parser
+
+    return wrapper
+
+
+def _reading_flags(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(from_cli_args)
+    def wrapper(cls: type, args: argparse.Namespace) -> Any:
+        config = policy_to_config(
+            getattr(args, "kv_policy", None), getattr(args, "kv_policy_config", None)
+        )
+        engine_args = from_cli_args(cls, args)
+        if config is not None:
+            engine_args.additional_config = {
+                **(engine_args.additional_config or {}),
+                CONFIG_KEY: config,
+            }
+        return engine_args
+
+    return wrapper
+
+
+def _finishing(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(create_engine_config)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        additional_config = self.additional_config
+        if not isinstance(additional_config, dict) or CONFIG_KEY not in additional_config:
+            return create_engine_config(self, *args, **kwargs)
+        from vllm.platforms import current_platform
+
+        policy = policy_from_config(additional_config[CONFIG_KEY])
+        check_vllm_version()
+        engine_args = copy.copy(self)
+        if engine_args.block_size is None:
+            engine_args.block_size = DEFAULT_BLOCK_SIZE.get(current_platform.device_type)
+        vllm_config = create_engine_config(engine_args, *args, **kwargs)
+        finish_config(vllm_config, policy)
+        return vllm_config
+
+    return wrapper
+
+
+def _policy_name(name: str) -> str:
+    try:
+        resolve_policy_class(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def check_vllm_version() -> None:
+    """Refuse a vLLM whose internals the plugin was not written for.
+
+    Raises:
+        ValueError: vLLM is not of the supported minor version.
+    """
+    from vllm import __version__
+
+    if not __version__.startswith(f"{SUPPORTED_VLLM}."):
+        raise ValueError(
+            f"{POLICY_FLAG} does not support vLLM {__version__}; allowed: {SUPPORTED_VLLM}.*"
+        )
+
+
+def unsupported_features(vllm_config: VllmConfig) -> list[str]:
+    """What of a configuration a policy cannot serve yet, in the words of vLLM's flags."""
+    from vllm.utils.torch_utils import is_quantized_kv_cache
+
+    model = vllm_config.model_config
+    parallel = vllm_config.parallel_config
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    checks = {
+        "Model Runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
+        f"--tensor-parallel-size {parallel.tensor_parallel_size} (allowed: 1)": (
+            parallel.tensor_parallel_size > 1
+        ),
+        f"--pipeline-parallel-size {parallel.pipeline_parallel_size} (allowed: 1)": (
+            parallel.pipeline_parallel_size > 1
+        ),
+        "context parallelism (allowed: --decode-context-parallel-size 1)": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+        "--speculative-config": vllm_config.speculative_config is not None,
+        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        f"--kv-cache-dtype {cache_dtype} (allowed: auto, bfloat16, float16)": (
+            is_quantized_kv_cache(cache_dtype)
+        ),
+        f"--runner {model.runner_type} (allowed: generate)": model.runner_type != "generate",
+        "models with multi-head latent attention (MLA)": model.use_mla,
+        "encoder-decoder models": model.is_encoder_decoder,
+        "models with ALiBi positions": _uses_alibi(model.hf_text_config),
+        "micro-batching (--enable-dbo)": parallel.use_ubatching,
+    }
+    return [feature for feature, present in checks.items() if present]
+
+
+def _uses_alibi(hf_config: Any) -> bool:
+    attn_config = getattr(hf_config, "attn_config", None) or {}
+    return bool(
+        getattr(hf_config, "alibi", False)
+        or getattr(hf_config, "model_type", None) == "bloom"
+        or (isinstance(attn_config, dict) and attn_config.get("alibi"))
+    )
+
+
+def finish_config(vllm_config: VllmConfig, policy: KVPolicy) -> None:
+    """Put our scheduler and worker in place, or refuse.
+
+    Raises:
+        ValueError: a feature, block size, worker or scheduler that a policy cannot serve.
+    """
+    if unsupported := unsupported_features(vllm_config):
+        raise ValueError(f"{POLICY_FLAG} {policy.name} does not support {'; '.join(unsupported)}")
+    check_block_size(policy, vllm_config.cache_config.block_size)
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    if parallel.worker_cls not in WORKERS:
+        raise ValueError(
+            f"{POLICY_FLAG} {policy.name} does not support --worker-cls {parallel.worker_cls}; "
+            f"allowed: {', '.join(WORKERS)}"
+        )
+    if scheduler.scheduler_cls is not None:
+        raise ValueError(
+            f"{POLICY_FLAG} {policy.name} does not support --scheduler-cls "
+            f"{scheduler.scheduler_cls}; allowed: none"
+        )
+    parallel.worker_cls = WORKERS[parallel.worker_cls]
+    scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
+
+
+# -- registries ------------------------------------------------------------------------
+
+
+def register_spec(
+    manager_class: type[SingleTypeKVCacheManager],
+    uniform_type_base_spec: type[KVCacheSpec],
+) -> Callable[[_SpecT], _SpecT]:
+    """vLLM's ``register_kv_cache_spec`` decorator, after its own specs.
+
+    Registering into an empty registry makes vLLM skip its built-in specs
+    (``KVCacheSpecRegistry._ensure_registered``).
+    """
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+
+    KVCacheSpecRegistry._ensure_registered()
+    return register_kv_cache_spec(manager_class, uniform_type_base_spec)
+
+
+@contextmanager
+def wrapped_attention_backends() -> Iterator[None]:
+    """While a model loads, let vLLM choose among wrapped attention backends.
+
+    The overrides end with the load: another engine in the same process finds vLLM's own.
+    """
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from .engine import backend
+
+    members = [AttentionBackendEnum[name] for name in backend.WRAPPED_BACKENDS]
+    selector._cached_get_attn_backend.cache_clear()
+    for member in members:
+        register_backend(member, f"{backend.__name__}.{member.name}")
+    try:
+        yield
+    finally:
+        for member in members:
+            member.clear_override()
+        selector._cached_get_attn_backend.cache_clear()

@@ -1,0 +1,39 @@
+"""vLLM's offline ``LLM`` with two more arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import vllm
+
+from .config import CONFIG_KEY, policy_to_config
+
+
+class LLM(vllm.LLM):
+    """``vllm.LLM`` under a KV policy.
+
+    Args:
+        model: as in ``vllm.LLM``.
+        kv_policy: ``"full"``, ``"streaming"``, ``"semantic"``, the qualified name of a
+            :class:`~vllm_semantic.policies.KVPolicy` class, or ``None`` for vLLM untouched.
+        kv_policy_config: the policy's options in tokens, e.g. ``{"semantic_tokens": 512}``.
+        **kwargs: as in ``vllm.LLM``.
+
+    Raises:
+        ValueError: an unknown policy or option, or one that this configuration cannot serve.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        kv_policy: str | None = None,
+        kv_policy_config: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        config = policy_to_config(kv_policy, kv_policy_config)
+        if config is not None:
+            additional_config = kwargs.pop("additional_config", None) or {}
+            kwargs["additional_config"] = {**additional_config, CONFIG_KEY: config}
+        super().__init__(model, **kwargs)

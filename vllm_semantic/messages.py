@@ -1,0 +1,56 @@
+"""What travels between the block manager and the workers, one step at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+BlockIndices = list[int]
+"""Logical block indices of one request, ascending."""
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Asks for scores of one request's candidate blocks. Written by the block manager."""
+
+    block_indices: BlockIndices
+    """Logical indices: how the manager reads the answer."""
+
+    block_ids: list[int]
+    """Physical ids, in the same order: all that a worker needs."""
+
+
+@dataclass
+class KVPolicyStep:
+    """What a scheduler step tells the workers; one entry per KV cache group and request.
+
+    Written by the scheduler, read by the workers before the forward pass (evictions) and
+    after it (score requests).
+    """
+
+    evictions: dict[int, dict[str, BlockIndices]] = field(default_factory=dict)
+    score_requests: dict[int, dict[str, ScoreRequest]] = field(default_factory=dict)
+
+
+BlockScores = dict[int, dict[str, list[float]]]
+"""Per KV cache group and request, one score per block of its :class:`ScoreRequest`."""
+
+
+def attach_step(scheduler_output: Any, step: KVPolicyStep) -> None:
+    """Send a step along with vLLM's ``SchedulerOutput``; plain attributes are pickled."""
+    scheduler_output.kv_policy_step = step
+
+
+def step_of(scheduler_output: Any) -> KVPolicyStep | None:
+    """The step sent with a ``SchedulerOutput``, if there was anything to say."""
+    return getattr(scheduler_output, "kv_policy_step", None)
+
+
+def attach_scores(model_runner_output: Any, scores: BlockScores) -> None:
+    """Send scores along with vLLM's ``ModelRunnerOutput``."""
+    model_runner_output.kv_block_scores = scores
+
+
+def scores_of(model_runner_output: Any) -> BlockScores:
+    """The scores that came with a ``ModelRunnerOutput``."""
+    return getattr(model_runner_output, "kv_block_scores", {})

@@ -1,0 +1,1 @@
+"""Pure operations on tensors and block lists. Nothing here imports vLLM."""
