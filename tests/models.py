@@ -57,3 +57,63 @@ def random_prompts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int
         {"prompt_token_ids": torch.randint(1, VOCAB_SIZE, (n,), generator=generator).tolist()}
         for n in lengths
     ]
+
+
+NUM_FACTS = 8
+FIRST_ANSWER = 16
+"""Token ids 1..NUM_FACTS state a fact; FIRST_ANSWER + i is the answer to fact i."""
+
+
+def make_fact_finder(path: Path) -> str:
+    """A hand-built Llama whose one head always looks for a fact and says which it sees.
+
+    Channels of the residual stream: 0 is on for every token, 1 marks a fact token, 2..9 say
+    which fact, 16..63 are noise. Every query points along the slowest RoPE channel, where
+    only fact tokens have a key; keys of other tokens are noise in other slow channels.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    facts = torch.arange(1, NUM_FACTS + 1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+        layer, attention = model.model.layers[0], model.model.layers[0].self_attn
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm, model.model.norm):
+            norm.weight.fill_(1.0)
+        embedding = model.model.embed_tokens.weight
+        embedding[:, 0] = 1.0
+        embedding[:, 16:] = torch.randn(VOCAB_SIZE, 48) * 0.5
+        embedding[facts, 1] = 4.0
+        embedding[facts, 1 + facts] = 4.0
+        slow = 31  # channels 31 and 63 are one RoPE pair of 1.5e-6 radians a token
+        attention.q_proj.weight[slow, 0] = 40.0
+        attention.k_proj.weight[slow, 1] = 10.0
+        attention.k_proj.weight[26:31, 16:] = torch.randn(5, 48) * 0.2
+        for i in range(NUM_FACTS):
+            attention.v_proj.weight[i, 2 + i] = 1.0
+            attention.o_proj.weight[2 + i, i] = 20.0
+            model.lm_head.weight[FIRST_ANSWER + i, 2 + i] = 10.0
+    model.save_pretrained(path)
+    return str(path)
+
+
+def fact_prompt(fact: int, position: int, length: int) -> dict[str, list[int]]:
+    """Noise with one fact at a position."""
+    (prompt,) = random_prompts([length], seed=fact)
+    tokens = [t if t >= FIRST_ANSWER + NUM_FACTS else t + 32 for t in prompt["prompt_token_ids"]]
+    tokens[position] = 1 + fact
+    return {"prompt_token_ids": tokens}

@@ -1,0 +1,85 @@
+"""What a bounded request buys: prompts larger than the pool, many long requests at once."""
+
+from __future__ import annotations
+
+
+import pytest
+from vllm import SamplingParams
+
+from ..engines import engine, manager_of, scheduler_of
+from ..models import make_llama, random_prompts
+
+BLOCK_SIZE = 32
+SEMANTIC = {"sink_tokens": 32, "recent_tokens": 64, "semantic_tokens": 96}
+BUDGET_BLOCKS = 6
+
+
+@pytest.fixture(scope="module")
+def small_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_llama(
+        tmp_path_factory.mktemp("small-llama"),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+    )
+
+
+def test_prompt_three_times_the_pool(llama: str) -> None:
+    """It is served, by the same evictions and with the same words as from an ample pool."""
+    pool_blocks = 40
+    prompts = random_prompts([3 * pool_blocks * BLOCK_SIZE])
+    params = SamplingParams(
+        max_tokens=80, temperature=0, ignore_eos=True, detokenize=False, logprobs=1
+    )
+    results = []
+    for num_blocks in (pool_blocks, 400):
+        with engine(
+            llama,
+            policy="semantic",
+            kv_policy_config=SEMANTIC,
+            max_model_len=8192,
+            num_gpu_blocks_override=num_blocks,
+        ) as llm:
+            assert scheduler_of(llm).kv_cache_manager.block_pool.num_gpu_blocks == num_blocks
+            (output,) = llm.generate(prompts, params, use_tqdm=False)
+            results.append((output.outputs[0].token_ids, llm.trace.by_index()))
+            assert llm.trace.num_preemptions == 0
+            held = max(llm.trace.max_held.values())
+            assert held <= BUDGET_BLOCKS + 512 // BLOCK_SIZE + 1 < pool_blocks
+    assert results[0] == results[1]
+    assert sum(len(blocks) for blocks in results[0][1][0].values()) > 2 * pool_blocks
+
+
+def test_stock_refuses_that_prompt(llama: str) -> None:
+    """The comparison above means something: without a policy the engine does not start."""
+    with (
+        pytest.raises(ValueError, match="KV cache"),
+        engine(llama, max_model_len=8192, num_gpu_blocks_override=40),
+    ):
+        pass
+
+
+def test_many_long_requests_without_preemption(small_llama: str) -> None:
+    """64 requests, each ten budgets long, on a pool for 8 full ones."""
+    num_prompt, num_new = 200, 10 * BUDGET_BLOCKS * BLOCK_SIZE - 200
+    blocks_per_request = (num_prompt + num_new) // BLOCK_SIZE
+    kwargs = {
+        "num_gpu_blocks_override": 8 * blocks_per_request + 1,
+        "max_model_len": 2048,
+        "max_num_seqs": 64,
+    }
+    prompts = random_prompts([num_prompt] * 64)
+    params = SamplingParams(max_tokens=num_new, temperature=0, ignore_eos=True, detokenize=False)
+    with engine(small_llama, policy="semantic", kv_policy_config=SEMANTIC, **kwargs) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert [len(output.outputs[0].token_ids) for output in outputs] == [num_new] * 64
+        assert llm.trace.num_preemptions == 0
+        assert manager_of(llm).stats.evicting_requests == 64
+        assert max(llm.trace.max_held.values()) <= BUDGET_BLOCKS + 1
+    with engine(small_llama, **kwargs) as llm:
+        few = SamplingParams(max_tokens=600, temperature=0, ignore_eos=True, detokenize=False)
+        llm.generate(prompts, few, use_tqdm=False)
+        assert llm.trace.num_preemptions > 0

@@ -1,0 +1,85 @@
+"""A budget that is never reached: byte for byte what stock vLLM says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+
+from vllm_semantic.hooks import SCHEDULERS
+
+from ..engines import engine, manager_of, scheduler_of
+from ..models import random_prompts
+
+AMPLE: dict[str, dict[str, int]] = {
+    "full": {},
+    "streaming": {"recent_tokens": 4096},
+    "semantic": {"semantic_tokens": 4096},
+}
+PARAMS = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True, detokenize=False, logprobs=2)
+
+# Longer than a step's 128 tokens, so that prefill is chunked and mixed with decode.
+PROMPTS = random_prompts([300, 1, 33, 700, 128, 31])
+
+
+def run(llm: Any) -> list[tuple[list[int], list[dict[int, float]]]]:
+    """Generate twice, the second time with whatever is cached; keep tokens and logprobs."""
+    answers = []
+    for _ in range(2):
+        for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False):
+            completion = output.outputs[0]
+            logprobs = [{t: lp.logprob for t, lp in row.items()} for row in completion.logprobs]
+            answers.append((list(completion.token_ids), logprobs))
+    return answers
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["no-prefix-caching", "prefix-caching"])
+def stock(llama: str, request: pytest.FixtureRequest) -> tuple[bool, Any]:
+    caching: bool = request.param
+    with engine(llama, enable_prefix_caching=caching, max_num_batched_tokens=128) as llm:
+        return caching, run(llm)
+
+
+@pytest.mark.parametrize("policy", AMPLE)
+def test_ample_budget_changes_nothing(policy: str, stock: tuple[bool, Any], llama: str) -> None:
+    caching, expected = stock
+    with engine(
+        llama,
+        policy=policy,
+        kv_policy_config=AMPLE[policy],
+        enable_prefix_caching=caching,
+        max_num_batched_tokens=128,
+    ) as llm:
+        assert run(llm) == expected
+        assert manager_of(llm).stats.evicted_blocks == 0
+        hits = scheduler_of(llm).kv_cache_manager.block_pool.cached_block_hash_to_block
+        assert bool(len(hits)) == caching
+
+
+def test_policy_runs_where_it_says(llama: str) -> None:
+    """The scheduler, worker, runner and backend in use are the ones that were hooked."""
+    with engine(llama, policy="semantic") as llm:
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        scheduler = scheduler_of(llm)
+        assert f"{type(scheduler).__module__}.{type(scheduler).__name__}" == SCHEDULERS[False]
+        assert type(worker).__name__ == "SemanticCPUWorker"
+        assert type(worker.model_runner).__name__ == "CPUModelRunner"
+        (group,) = worker.model_runner.attn_groups[0]
+        assert group.backend.__module__ == "vllm_semantic.engine.backend"
+        assert type(group.metadata_builders[0]).__name__ == "SemanticCPUAttentionMetadataBuilder"
+
+
+def test_no_policy_is_stock_vllm(llama: str) -> None:
+    """In the process where policies have just run, an engine without one has no trace of them."""
+    with engine(llama) as llm:
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        (group,) = worker.model_runner.attn_groups[0]
+        names = [
+            type(scheduler_of(llm)).__module__,
+            type(worker).__module__,
+            group.backend.__module__,
+            type(group.metadata_builders[0]).__module__,
+            type(group.kv_cache_spec).__module__,
+        ]
+        assert not [name for name in names if name.startswith("vllm_semantic")]
