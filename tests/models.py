@@ -9,7 +9,7 @@ import torch
 VOCAB_SIZE = 512
 
 
-def make_llama(path: Path, **overrides: object) -> str:
+def make_llama(path: Path, dtype: torch.dtype = torch.float32, **overrides: object) -> str:
     """A Llama with grouped-query attention; weights large enough to make logits differ."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,7 +25,35 @@ def make_llama(path: Path, **overrides: object) -> str:
         "initializer_range": 0.08,
     }
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**(config | overrides))).save_pretrained(path)
+    LlamaForCausalLM(LlamaConfig(**(config | overrides))).to(dtype).save_pretrained(path)
+    return str(path)
+
+
+def make_prequantised(source: str, path: Path) -> str:
+    """The same model with NF4 weights on disk, as transformers writes them."""
+    import json
+    import shutil
+
+    from bitsandbytes.functional import quantize_4bit
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, path, dirs_exist_ok=True)
+    tensors = load_file(path / "model.safetensors")
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        packed, state = quantize_4bit(tensors[name], compress_statistics=True, quant_type="nf4")
+        tensors[name] = packed
+        tensors |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_use_double_quant": True,
+    }
+    (path / "config.json").write_text(json.dumps(config))
     return str(path)
 
 

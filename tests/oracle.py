@@ -29,6 +29,11 @@ class Case:
     semantic_tokens: int | None = None
     """``None``: StreamingLLM, by age."""
     bounded: bool = True
+    nf4: bool = False
+    """Round the linear weights to NF4 and back, as the engine's were."""
+    dtype: str = "float32"
+    forced: dict[int, list[int]] | None = None
+    """Apply these evictions and only say how far each is from the best choice."""
 
 
 @dataclass
@@ -83,16 +88,29 @@ def eviction_points(case: Case) -> list[int]:
 class Oracle:
     """One model, evaluated with an explicit mask."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, nf4: bool, dtype: str) -> None:
         import torch
         from transformers import AttentionInterface, AutoModelForCausalLM
 
         self.torch = torch
         self.calls: list[tuple[Any, Any]] = []  # per layer: query, key after RoPE
-        AttentionInterface.register("oracle", self._attention)
+        attention = f"oracle-{id(self)}"
+        AttentionInterface.register(attention, self._attention)
         self.model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="oracle"
+            path, dtype=getattr(torch, dtype), attn_implementation=attention
         ).eval()
+        if nf4:
+            self._round_to_nf4()
+
+    def _round_to_nf4(self) -> None:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        for name, module in self.model.named_modules():
+            if isinstance(module, self.torch.nn.Linear) and "lm_head" not in name:
+                packed, state = quantize_4bit(
+                    module.weight.data, compress_statistics=True, quant_type="nf4"
+                )
+                module.weight.data = dequantize_4bit(packed, state).to(module.weight.dtype)
 
     def _attention(
         self, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any
@@ -147,6 +165,7 @@ class Oracle:
         num_sink = -(-case.sink_tokens // size)
         num_recent = -(-case.recent_tokens // size)
         num_semantic = -(-(case.semantic_tokens or 0) // size)
+        forced = None if case.forced is None else case.forced.get(point, [])
         excess = len(alive) - (num_sink + num_recent + num_semantic)
         if not case.bounded or excess <= 0:
             return [], float("inf")
@@ -155,6 +174,10 @@ class Oracle:
             return middle[:excess], float("inf")
         self._forward(self.ids, point)  # what was evicted before is masked by now
         ranked = sorted((self._similarity(block, size), block) for block in middle)
+        if forced is not None:
+            kept = [score for score, block in ranked if block not in forced]
+            gone = [score for score, block in ranked if block in forced]
+            return forced, min(kept) - max(gone)
         margin = ranked[excess][0] - ranked[excess - 1][0] if excess < len(ranked) else float("inf")
         return sorted(block for _, block in ranked[:excess]), margin
 
@@ -163,8 +186,8 @@ class Oracle:
         cosines = []
         for query, key in self.calls:
             kv_heads = key.shape[1]
-            newest = query[0, :, -1].unflatten(0, (kv_heads, -1)).mean(1)
-            mean_key = key[0, :, block * size : (block + 1) * size].mean(1)
+            newest = query[0, :, -1].float().unflatten(0, (kv_heads, -1)).mean(1)
+            mean_key = key[0, :, block * size : (block + 1) * size].float().mean(1)
             norms = newest.norm(dim=1) * mean_key.norm(dim=1)
             cosines.append(((newest * mean_key).sum(1) / norms).mean())
         return float(sum(cosines) / len(cosines))
@@ -172,13 +195,15 @@ class Oracle:
 
 def main() -> None:
     cases = [Case(**case) for case in json.load(sys.stdin)]
-    oracles: dict[str, Oracle] = {}
+    oracles: dict[tuple[str, bool, str], Oracle] = {}
     verdicts = []
     for case in cases:
-        if case.model not in oracles:
-            oracles.clear()
-            oracles[case.model] = Oracle(case.model)
-        verdicts.append(asdict(oracles[case.model].run(case)))
+        if case.forced is not None:
+            case.forced = {int(point): blocks for point, blocks in case.forced.items()}
+        key = (case.model, case.nf4, case.dtype)
+        if key not in oracles:
+            oracles[key] = Oracle(*key)
+        verdicts.append(asdict(oracles[key].run(case)))
     json.dump(verdicts, sys.stdout)
 
 

@@ -188,6 +188,9 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
             is_quantized_kv_cache(cache_dtype)
         ),
         f"--runner {model.runner_type} (allowed: generate)": model.runner_type != "generate",
+        "--dtype float32 with --quantization bitsandbytes (allowed: bfloat16, float16)": (
+            model.quantization == "bitsandbytes" and model.dtype.itemsize != 2
+        ),
         "models with multi-head latent attention (MLA)": model.use_mla,
         "encoder-decoder models": model.is_encoder_decoder,
         "models with ALiBi positions": _uses_alibi(model.hf_text_config),
