@@ -1,0 +1,91 @@
+"""The same request evicts the same blocks, whatever else the engine does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+
+from ..engines import engine, reset_trace, scheduler_of
+from ..models import random_prompts
+
+OPTIONS = {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 128}
+LENGTHS = [1200, 40, 513, 512, 900, 250]
+PROMPTS = random_prompts(LENGTHS)
+PARAMS = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True, detokenize=False)
+
+Result = list[tuple[tuple[int, ...], dict[int, list[int]]]]
+
+
+def run(llm: Any, prompts: list[Any]) -> Result:
+    """Tokens and evictions of each prompt."""
+    reset_trace(llm)
+    outputs = llm.generate(prompts, PARAMS, use_tqdm=False)
+    tokens = [tuple(output.outputs[0].token_ids) for output in outputs]
+    return list(zip(tokens, llm.trace.by_index(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def alone(llama: str) -> Result:
+    """The reference: one request at a time, nothing cached."""
+    with engine(llama, policy="semantic", kv_policy_config=OPTIONS) as llm:
+        results = [run(llm, [prompt])[0] for prompt in PROMPTS]
+    assert all(evictions for _, evictions in results[:1] + results[2:])
+    return results
+
+
+def test_in_a_batch(alone: Result, llama: str) -> None:
+    """Requests that share steps are chunked otherwise than alone."""
+    with engine(llama, policy="semantic", kv_policy_config=OPTIONS) as llm:
+        assert run(llm, PROMPTS) == alone
+
+
+def test_with_a_cached_prefix(alone: Result, llama: str) -> None:
+    """A prefix hit, also one longer than the budget, leaves the evictions as they are."""
+    with engine(
+        llama, policy="semantic", kv_policy_config=OPTIONS, enable_prefix_caching=True
+    ) as llm:
+        assert run(llm, PROMPTS) == alone
+        scheduler = scheduler_of(llm)
+        scheduler.kv_cache_manager.log_stats = True
+        scheduler.kv_cache_manager.make_prefix_cache_stats()
+        scheduler.kv_cache_manager.make_prefix_cache_stats()
+        assert run(llm, PROMPTS) == alone
+        stats = scheduler.kv_cache_manager.make_prefix_cache_stats()
+        # Exact blocks are those before the first eviction, whose own query is computed anew.
+        exact = [min(512, n) - 1 if n > 288 else n - 1 for n in LENGTHS]
+        assert stats.hits == sum(n // 32 * 32 for n in exact)
+
+
+def test_after_preemption(alone: Result, llama: str) -> None:
+    """A request that lost everything and starts over ends where it would have ended."""
+    with engine(
+        llama, policy="semantic", kv_policy_config=OPTIONS, num_gpu_blocks_override=34
+    ) as llm:
+        results = run(llm, PROMPTS)
+        assert llm.trace.num_preemptions > 0
+    assert [tokens for tokens, _ in results] == [tokens for tokens, _ in alone]
+    assert [evictions for _, evictions in results] == [evictions for _, evictions in alone]
+
+
+def test_abort_in_prefill_and_decode(llama: str) -> None:
+    """Aborted requests leave nothing behind and disturb no other."""
+    with engine(llama, policy="semantic", kv_policy_config=OPTIONS) as llm:
+        (reference,) = run(llm, PROMPTS[:1])
+        reset_trace(llm)
+        llm_engine = llm.llm_engine
+        for i, prompt in enumerate(PROMPTS):
+            llm_engine.add_request(str(i), prompt, PARAMS)
+        finished = []
+        for step in range(1000):
+            finished += [output for output in llm_engine.step() if output.finished]
+            if step == 1:  # in prefill
+                llm_engine.abort_request(["4"])
+            if step == 40:  # in decode, after evictions
+                llm_engine.abort_request(["1", "2", "5"])
+            if not llm_engine.has_unfinished_requests():
+                break
+        tokens = {o.request_id: tuple(o.outputs[0].token_ids) for o in finished}
+        assert tokens["0"] == reference[0]
+        assert len(tokens["3"]) == PARAMS.max_tokens
