@@ -17,7 +17,6 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ..ops.compaction import compact_block_table
 from .capture import QueryCapture
-from .spec import SemanticSpec
 
 WRAPPED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
 
@@ -31,28 +30,28 @@ class CompactingBuilder:
     num_null_ids = 1
     """Kernel block ids below this are the null block. Written by the worker."""
 
+    has_holes = False
+    """Whether a request may have lost blocks. Written by the worker before each step."""
+
     def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Any:
-        spec = self.kv_cache_spec  # type: ignore[attr-defined]
-        if isinstance(spec, SemanticSpec) and spec.policy.bounded:
-            common_attn_metadata = self._compact(common_attn_metadata, spec)
+        if self.has_holes:
+            common_attn_metadata = self._compact(common_attn_metadata)
         metadata = super().build(  # type: ignore[misc]
             common_prefix_len, common_attn_metadata, fast_build
         )
         metadata.last_query_rows = common_attn_metadata.query_start_loc[1:] - 1
         return metadata
 
-    def _compact(
-        self, common: CommonAttentionMetadata, spec: SemanticSpec
-    ) -> CommonAttentionMetadata:
+    def _compact(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
         block_table, seq_lens = compact_block_table(
             common.block_table_tensor,
             common.seq_lens,
-            spec.block_size,
+            self.kv_cache_spec.block_size,  # type: ignore[attr-defined]
             common.max_seq_len,
             self.num_null_ids,
         )
@@ -85,7 +84,7 @@ class CapturingImpl:
         **kwargs: Any,
     ) -> torch.Tensor:
         if self.query_capture is not None and attn_metadata is not None:
-            self.query_capture.record(layer.layer_name, query, attn_metadata.last_query_rows)
+            self.query_capture.record(query, attn_metadata.last_query_rows)
         return super().forward(  # type: ignore[misc, no-any-return]
             layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
         )

@@ -1,4 +1,4 @@
-"""The newest query of every request in a step, per layer."""
+"""The newest query of every request in a step, for one layer."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import torch
 
 
 class QueryCapture:
-    """Filled by the attention layers during a forward pass, read by the scorer after it.
+    """Filled by an attention layer during a forward pass, read by the scorer after it.
 
-    ``active`` is written by the worker before each step: nothing is copied in a step that
-    scores nothing.
+    Args:
+        buffer: ``[max_num_reqs, num_heads, head_size]`` of the layer's dtype.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self.buffer = buffer
         self.active = False
-        self.queries: dict[str, torch.Tensor] = {}  # layer name -> [num_reqs, num_heads, head_size]
+        """Written by the worker before each step: nothing is copied that is not asked for."""
 
-    def record(self, layer_name: str, query: torch.Tensor, rows: torch.Tensor) -> None:
+    def record(self, query: torch.Tensor, rows: torch.Tensor) -> None:
         """Copy each request's last query.
 
         Args:
-            layer_name: the attention layer.
             query: ``[num_tokens, num_heads, head_size]`` after RoPE.
             rows: ``[num_reqs]`` the row of each request's newest token.
         """
         if self.active:
-            self.queries[layer_name] = query[rows]
+            torch.index_select(query, 0, rows, out=self.buffer[: len(rows)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from vllm import _custom_ops as custom_ops
@@ -10,59 +12,96 @@ from vllm import _custom_ops as custom_ops
 
 @dataclass(frozen=True)
 class KeyCache:
-    """The keys of one attention layer.
+    """The keys of attention layers whose caches lie at equal distances in memory.
 
     ``kv_cache`` is vLLM's logical ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``
-    (vllm/v1/kv_cache_interface.py, ``create_kv_cache_views``), in kernel blocks.
+    (vllm/v1/kv_cache_interface.py, ``create_kv_cache_views``), in kernel blocks, with the
+    layers in front.
     """
 
-    kv_cache: torch.Tensor
+    kv_cache: torch.Tensor  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
     head_size: int
     kernel_blocks: int
     """Kernel blocks in one block of the block manager."""
 
-    permutation: torch.Tensor | None
-    """Where the kernels keep each (token, channel) of a head's keys, if not in order."""
+    places: torch.Tensor | None = None
+    """``[block_size * head_size]`` int64: where the kernels keep channel ``c`` of token ``t``
+    among a head's keys, at index ``t * head_size + c``. ``None``: next to its value."""
+
+    @cached_property
+    def transposed(self) -> bool:
+        """Whether a head's keys lie channel by channel: a view is enough to read them."""
+        size = self.kv_cache.shape[3] * self.head_size
+        transpose = torch.arange(size).view(self.head_size, -1).t().flatten()
+        return self.places is not None and torch.equal(self.places, transpose)
 
     def gather(self, block_ids: torch.Tensor) -> torch.Tensor:
-        """Keys of some blocks.
+        """Keys of some blocks, in all layers at once.
 
         Args:
             block_ids: ``[num_blocks]`` ids of the block manager.
 
         Returns:
-            ``[num_blocks, num_kv_heads, block_size, head_size]`` fp32.
+            ``[num_layers, num_blocks, num_kv_heads, block_size, head_size]`` in the cache's
+            dtype.
         """
-        num_kv_heads, kernel_block_size = self.kv_cache.shape[1:3]
+        if self.kernel_blocks == 1:
+            return self._gather_kernel_blocks(block_ids)
         offsets = torch.arange(self.kernel_blocks, device=block_ids.device)
         kernel_ids = (block_ids.unsqueeze(1) * self.kernel_blocks + offsets).flatten()
-        if self.permutation is None:
-            keys = self.kv_cache[kernel_ids, :, :, : self.head_size]
-        else:
-            half = self.kv_cache.flatten(2)[:, :, : kernel_block_size * self.head_size]
-            keys = half[kernel_ids][:, :, self.permutation]
-            keys = keys.unflatten(2, (kernel_block_size, self.head_size))
-        keys = keys.float().unflatten(0, (-1, self.kernel_blocks)).transpose(1, 2)
-        return keys.reshape(len(block_ids), num_kv_heads, -1, self.head_size)
+        keys = self._gather_kernel_blocks(kernel_ids)
+        return keys.unflatten(1, (-1, self.kernel_blocks)).transpose(2, 3).flatten(3, 4)
+
+    def _gather_kernel_blocks(self, kernel_ids: torch.Tensor) -> torch.Tensor:
+        if self.places is None:
+            return self.kv_cache[..., : self.head_size][:, kernel_ids]
+        block_size = self.kv_cache.shape[3]
+        size = block_size * self.head_size
+        packed = self.kv_cache.flatten(3)[..., :size][:, kernel_ids]
+        if self.transposed:
+            return packed.unflatten(3, (self.head_size, block_size)).transpose(3, 4)
+        return packed.index_select(3, self.places).unflatten(3, (block_size, self.head_size))
 
 
-def cpu_key_permutation(
-    block_size: int, head_size: int, dtype: torch.dtype, isa: str
-) -> torch.Tensor:
+def stack_layers(kv_caches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """One view over the caches of all layers, or one of each where that cannot be.
+
+    Args:
+        kv_caches: per layer ``[num_blocks, ...]``; vLLM lays a group's layers out in one
+            allocation, at equal distances.
+
+    Returns:
+        Views ``[num_layers, num_blocks, ...]`` that together hold the layers in order.
+    """
+    first = kv_caches[0]
+    offsets = [kv_cache.storage_offset() for kv_cache in kv_caches]
+    step = offsets[1] - offsets[0] if len(offsets) > 1 else 0
+    alike = all(
+        kv_cache.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and (kv_cache.shape, kv_cache.stride(), kv_cache.dtype)
+        == (first.shape, first.stride(), first.dtype)
+        and offset == offsets[0] + i * step
+        for i, (kv_cache, offset) in enumerate(zip(kv_caches, offsets, strict=True))
+    )
+    if not alike or step < 0:
+        return [kv_cache.unsqueeze(0) for kv_cache in kv_caches]
+    shape, stride = (len(kv_caches), *first.shape), (step, *first.stride())
+    return [first.as_strided(shape, stride, offsets[0])]
+
+
+def cpu_key_places(block_size: int, head_size: int, dtype: torch.dtype, isa: str) -> torch.Tensor:
     """Find where vLLM's CPU kernels put each key channel, by writing known keys.
 
     Each instruction set packs keys in an order of its own (csrc/cpu/cpu_attn_*.hpp), so the
     kernel that will run is asked rather than its layout repeated here.
 
     Returns:
-        ``[block_size * head_size]`` int64: the place of channel ``c`` of token ``t`` in a
-        head's flattened keys is at index ``t * head_size + c``.
+        ``[block_size * head_size]`` int64, see :attr:`KeyCache.places`.
 
     Raises:
         RuntimeError: the keys read back are not a permutation of those written.
     """
-    size = block_size * head_size
-    identity = torch.arange(size)
+    identity = torch.arange(block_size * head_size)
     # Two bytes of the index, each exact in bfloat16, one probe for each.
     high, low = (
         _write_probe(part.view(block_size, 1, head_size).to(dtype), isa)
@@ -71,7 +110,7 @@ def cpu_key_permutation(
     written = (high * 256 + low).long()
     if not torch.equal(written.sort().values, identity):
         raise RuntimeError(
-            f"the CPU attention kernels ({isa}, {dtype}) store keys in a layout "
+            f"the CPU attention kernels ({isa}, {dtype}) pack keys in a way "
             "that --kv-policy cannot read"
         )
     return written.argsort()

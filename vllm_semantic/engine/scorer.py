@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,29 +12,31 @@ from ..policies import KVPolicy
 from .capture import QueryCapture
 from .key_cache import KeyCache
 
-if TYPE_CHECKING:
-    from .spec import SemanticSpec
-
 
 @dataclass(frozen=True)
-class ScoredGroup:
-    """One KV cache group under a policy, as the workers see it."""
+class ScoredLayers:
+    """Layers that are scored in one go."""
 
-    spec: SemanticSpec
-    layers: dict[str, KeyCache]
+    key_cache: KeyCache
+    queries: torch.Tensor  # [num_layers, max_num_reqs, num_heads, head_size]
 
     @property
-    def kernel_blocks(self) -> int:
-        """Kernel blocks in one block of the block manager, the same for all layers."""
-        return next(iter(self.layers.values())).kernel_blocks
+    def captures(self) -> list[QueryCapture]:
+        """What fills ``queries``: one per layer."""
+        return [QueryCapture(buffer) for buffer in self.queries]
 
 
 class BlockScorer:
-    """Answers score requests after a forward pass."""
+    """Answers score requests after a forward pass.
 
-    def __init__(self, groups: Mapping[int, ScoredGroup], capture: QueryCapture) -> None:
+    Args:
+        policy: says how similar a block is.
+        groups: the layers of each KV cache group under the policy.
+    """
+
+    def __init__(self, policy: KVPolicy, groups: Mapping[int, Sequence[ScoredLayers]]) -> None:
+        self.policy = policy
         self.groups = groups
-        self.capture = capture
 
     def __call__(
         self,
@@ -57,21 +58,33 @@ class BlockScorer:
         }
 
     def _score_group(
-        self, group: ScoredGroup, asked: Mapping[str, ScoreRequest], rows: Mapping[str, int]
+        self,
+        group: Sequence[ScoredLayers],
+        asked: Mapping[str, ScoreRequest],
+        rows: Mapping[str, int],
     ) -> dict[str, list[float]]:
-        policy: KVPolicy = group.spec.policy
+        device = group[0].queries.device
         counts = [len(request.block_ids) for request in asked.values()]
-        device = next(iter(self.capture.queries.values())).device
         row_of_block = torch.tensor(
-            [rows[request_id] for request_id in asked], device=device
-        ).repeat_interleave(torch.tensor(counts, device=device))
+            [
+                rows[request_id]
+                for request_id, n in zip(asked, counts, strict=True)
+                for _ in range(n)
+            ],
+            device=device,
+        )
         block_ids = torch.tensor(
             [block_id for request in asked.values() for block_id in request.block_ids],
             device=device,
         )
-        total: Any = 0
-        for name, key_cache in group.layers.items():
-            queries = self.capture.queries[name].float()[row_of_block]
-            total = total + policy.score(queries, key_cache.gather(block_ids))
-        scores = (total / len(group.layers)).split(counts)
-        return {request_id: part.tolist() for request_id, part in zip(asked, scores, strict=True)}
+        total = torch.zeros(len(block_ids), device=device)
+        for layers in group:
+            keys = layers.key_cache.gather(block_ids)
+            queries = layers.queries.index_select(1, row_of_block).float()
+            scores = self.policy.score(queries.flatten(0, 1), keys.flatten(0, 1))
+            total += scores.view(len(keys), -1).sum(0)
+        means = total / sum(len(layers.queries) for layers in group)
+        return {
+            request_id: part.tolist()
+            for request_id, part in zip(asked, means.split(counts), strict=True)
+        }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -16,14 +17,13 @@ from ..hooks import wrapped_attention_backends
 from ..messages import BlockScores, KVPolicyStep, attach_scores, step_of
 from .backend import CapturingImpl, CompactingBuilder
 from .capture import QueryCapture
-from .key_cache import KeyCache, cpu_key_permutation
-from .scorer import BlockScorer, ScoredGroup
+from .key_cache import KeyCache, cpu_key_places, stack_layers
+from .scorer import BlockScorer, ScoredLayers
 from .spec import SemanticSpec, semantic_spec
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-    from vllm.v1.worker.utils import AttentionGroup
 
 
 class ScoredAsyncOutput(AsyncModelRunnerOutput):
@@ -68,26 +68,29 @@ class KVPolicyWorkerMixin(Worker):
             RuntimeError: a layer under the policy runs a backend that was not wrapped.
         """
         super().initialize_from_config(kv_cache_config)
-        self._query_capture = QueryCapture()
+        self._captures: list[QueryCapture] = []
+        self._builders: list[CompactingBuilder] = []
+        self._kernel_blocks: dict[int, int] = {}
+        self._evicted_requests: set[str] = set()
         self._block_scores: BlockScores | None = None
-        groups = {}
-        for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
-            if isinstance(group.kv_cache_spec, SemanticSpec):
-                groups[group_id] = ScoredGroup(
-                    group.kv_cache_spec,
-                    {
-                        name: key_cache
-                        for attn_group in self.model_runner.attn_groups[group_id]
-                        for name, key_cache in self._connect(attn_group, group.kv_cache_spec)
-                    },
-                )
-        self._block_scorer = BlockScorer(groups, self._query_capture)
+        self._block_scorer = BlockScorer(
+            self.kv_policy,
+            {
+                group_id: self._connect(group_id, group.kv_cache_spec)
+                for group_id, group in enumerate(kv_cache_config.kv_cache_groups)
+                if isinstance(group.kv_cache_spec, SemanticSpec)
+            },
+        )
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Empty the evicted entries of the block tables, run, and score what was asked."""
         step = step_of(scheduler_output) or KVPolicyStep()
         self._apply_evictions(step)
-        self._query_capture.active = bool(step.score_requests)
+        self._evicted_requests -= scheduler_output.finished_req_ids
+        for builder in self._builders:
+            builder.has_holes = bool(self._evicted_requests)
+        for capture in self._captures:
+            capture.active = bool(step.score_requests)
         output = super().execute_model(scheduler_output)
         if step.score_requests:
             rows = self.model_runner.input_batch.req_id_to_index
@@ -115,7 +118,8 @@ class KVPolicyWorkerMixin(Worker):
         runner = self.model_runner
         for group_id, evictions in step.evictions.items():
             table = runner.input_batch.block_table[group_id]
-            kernel_blocks = self._block_scorer.groups[group_id].kernel_blocks
+            kernel_blocks = self._kernel_blocks[group_id]
+            self._evicted_requests |= evictions.keys()
             for request_id, block_indices in evictions.items():
                 block_ids = runner.requests[request_id].block_ids[group_id]
                 for index in block_indices:
@@ -128,28 +132,53 @@ class KVPolicyWorkerMixin(Worker):
                     # An expanded null block is the kernel blocks 0, 1, ...
                     table.block_table.np[row, start : start + kernel_blocks] = range(kernel_blocks)
 
-    def _connect(
-        self, attn_group: AttentionGroup, spec: SemanticSpec
-    ) -> list[tuple[str, KeyCache]]:
-        layers = get_layers_from_vllm_config(self.vllm_config, Attention, attn_group.layer_names)
-        key_caches = []
-        for name, layer in layers.items():
-            kernel_blocks = spec.block_size // layer.kv_cache.shape[2]
-            if not isinstance(layer.impl, CapturingImpl):
-                raise RuntimeError(
-                    f"--kv-policy: layer {name} runs {attn_group.backend.get_name()}, "
-                    "which the plugin does not wrap"
-                )
-            layer.impl.query_capture = self._query_capture
-            key_caches.append((name, self._key_cache(layer, kernel_blocks)))
-        for builder in attn_group.metadata_builders:
-            if not isinstance(builder, CompactingBuilder):
-                raise RuntimeError(f"--kv-policy: {type(builder).__name__} is not wrapped")
-            builder.num_null_ids = kernel_blocks
-        return key_caches
+    def _connect(self, group_id: int, spec: SemanticSpec) -> list[ScoredLayers]:
+        """Hook a group's metadata builders and layers up."""
+        scored = []
+        for attn_group in self.model_runner.attn_groups[group_id]:
+            layers = list(
+                get_layers_from_vllm_config(
+                    self.vllm_config, Attention, attn_group.layer_names
+                ).values()
+            )
+            kernel_blocks = spec.block_size // layers[0].kv_cache.shape[2]
+            self._kernel_blocks[group_id] = kernel_blocks
+            for builder in attn_group.metadata_builders:
+                if not isinstance(builder, CompactingBuilder):
+                    raise RuntimeError(f"--kv-policy: {type(builder).__name__} is not wrapped")
+                builder.num_null_ids = kernel_blocks
+                self._builders.append(builder)
+            if self.kv_policy.scores_blocks:
+                scored += self._connect_layers(layers, kernel_blocks)
+        return scored
 
-    def _key_cache(self, layer: Attention, kernel_blocks: int) -> KeyCache:
-        return KeyCache(layer.kv_cache, layer.head_size, kernel_blocks, None)
+    def _connect_layers(self, layers: list[Attention], kernel_blocks: int) -> list[ScoredLayers]:
+        first = layers[0]
+        places = self._key_places(first)
+        scored = []
+        for kv_cache in stack_layers([layer.kv_cache for layer in layers]):
+            num_reqs = self.scheduler_config.max_num_seqs
+            queries = torch.empty(
+                len(kv_cache),
+                num_reqs,
+                first.num_heads,
+                first.head_size,
+                dtype=self.model_config.dtype,
+                device=kv_cache.device,
+            )
+            key_cache = KeyCache(kv_cache, first.head_size, kernel_blocks, places)
+            scored.append(ScoredLayers(key_cache, queries))
+        captures = [capture for stacked in scored for capture in stacked.captures]
+        for layer, capture in zip(layers, captures, strict=True):
+            if not isinstance(layer.impl, CapturingImpl):
+                raise RuntimeError(f"--kv-policy: {type(layer.impl).__name__} is not wrapped")
+            layer.impl.query_capture = capture
+        self._captures += captures
+        return scored
+
+    def _key_places(self, layer: Attention) -> torch.Tensor | None:
+        """Where the kernels keep a head's keys, see :class:`KeyCache`."""
+        return None
 
 
 class SemanticWorker(KVPolicyWorkerMixin, Worker):
@@ -159,12 +188,10 @@ class SemanticWorker(KVPolicyWorkerMixin, Worker):
 class SemanticCPUWorker(KVPolicyWorkerMixin, CPUWorker):
     """vLLM's CPU worker with a policy."""
 
-    def _key_cache(self, layer: Attention, kernel_blocks: int) -> KeyCache:
-        kv_cache = layer.kv_cache
-        permutation = cpu_key_permutation(
-            kv_cache.shape[2],
+    def _key_places(self, layer: Attention) -> torch.Tensor:
+        return cpu_key_places(
+            layer.kv_cache.shape[2],
             layer.head_size,
-            kv_cache.dtype,
+            layer.kv_cache.dtype,
             layer.isa,  # type: ignore[attr-defined]
         )
-        return KeyCache(kv_cache, layer.head_size, kernel_blocks, permutation)

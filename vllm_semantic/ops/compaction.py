@@ -17,7 +17,7 @@ def compact_block_table(
 
     Args:
         block_table: ``[num_reqs, max_num_blocks]`` int32 physical block ids; an evicted
-            block is a null block. Not modified.
+            block is a null block; what lies behind a sequence's end is not read. Not modified.
         seq_lens: ``[num_reqs]`` int32, tokens of each sequence, evicted ones included.
         block_size: tokens per entry of the table.
         max_seq_len: at least ``seq_lens.max()``; bounds the columns read.
@@ -25,16 +25,15 @@ def compact_block_table(
             spans several kernel blocks).
 
     Returns:
-        The compacted table ``[num_reqs, used_blocks]`` int32, unused entries 0, and the
-        tokens left of each sequence ``[num_reqs]``, both new tensors.
+        The compacted table ``[num_reqs, num_columns]`` int32, undefined behind a sequence's
+        end, and the tokens left of each sequence ``[num_reqs]``, both new tensors.
     """
     table = block_table[:, : -(-max_seq_len // block_size)]
-    num_blocks = (seq_lens + block_size - 1) // block_size
-    columns = torch.arange(table.shape[1], device=table.device)
-    used = columns < num_blocks.unsqueeze(1)
-    present = (table >= num_null_ids) & used
-    rank = present.cumsum(1)  # 1-based place in the compacted row, 0 only before the first
+    present = table >= num_null_ids
+    rank = present.cumsum(1)  # 1-based place in the compacted row
     compacted = table.new_zeros(table.shape[0], table.shape[1] + 1)
-    compacted.scatter_(1, torch.where(present, rank, 0), table)
-    num_evicted = num_blocks - present.sum(1, dtype=num_blocks.dtype)
-    return compacted[:, 1:].contiguous(), seq_lens - num_evicted * block_size
+    compacted.scatter_(1, rank * present, table)  # column 0 takes what is not present
+    num_blocks = (seq_lens + block_size - 1) // block_size
+    num_kept = rank.gather(1, (num_blocks - 1).clamp_(min=0).long().unsqueeze(1)).squeeze(1)
+    num_kept = torch.where(num_blocks > 0, num_kept, 0).to(seq_lens.dtype)
+    return compacted[:, 1:].contiguous(), seq_lens - (num_blocks - num_kept) * block_size

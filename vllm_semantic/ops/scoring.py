@@ -11,7 +11,7 @@ def mean_key_cosine(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
     Args:
         queries: ``[num_blocks, num_heads, head_size]`` fp32, one query per block.
-        keys: ``[num_blocks, num_kv_heads, block_size, head_size]`` fp32.
+        keys: ``[num_blocks, num_kv_heads, block_size, head_size]`` in the cache's dtype.
 
     Returns:
         ``[num_blocks]`` fp32 in [-1, 1], higher = keep.
@@ -19,4 +19,6 @@ def mean_key_cosine(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     num_blocks, num_heads, head_size = queries.shape
     num_kv_heads = keys.shape[1]
     query = queries.view(num_blocks, num_kv_heads, num_heads // num_kv_heads, head_size).mean(2)
-    return torch.nn.functional.cosine_similarity(query, keys.mean(2), dim=-1).mean(1)
+    return torch.nn.functional.cosine_similarity(
+        query, keys.mean(2, dtype=torch.float32), dim=-1
+    ).mean(1)

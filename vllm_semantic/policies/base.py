@@ -84,8 +84,8 @@ class KVPolicy(ABC):
 
         Args:
             queries: ``[num_blocks, num_heads, head_size]`` fp32, the newest query.
-            keys: ``[num_blocks, num_kv_heads, block_size, head_size]`` fp32, as cached
-                (after RoPE).
+            keys: ``[num_blocks, num_kv_heads, block_size, head_size]`` as cached: after
+                RoPE, in the cache's dtype.
 
         Returns:
             ``[num_blocks]`` fp32, higher = keep. The engine averages over layers.

@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks demo`` and ``python -m benchmarks figures``."""

@@ -1,0 +1,39 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import demo, figures
+from .context import MODEL, RESULTS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    tasks = parser.add_subparsers(dest="task", required=True)
+
+    task = tasks.add_parser("demo", help="perplexity, speed and memory under each policy")
+    task.add_argument("--model", default=str(MODEL))
+    task.add_argument("--num-tokens", type=int, default=demo.Settings.num_tokens)
+    task.add_argument("--num-prompt", type=int, default=demo.Settings.num_prompt)
+    task.add_argument("--num-documents", type=int, default=demo.Settings.num_documents)
+    task.add_argument("--out", type=Path, default=RESULTS / "demo.json")
+
+    task = tasks.add_parser("figures", help="stock vLLM against the policy, with ratios")
+    task.add_argument("--model", default=str(MODEL))
+    task.add_argument("--rounds", type=int, default=5)
+    task.add_argument("--out", type=Path, default=RESULTS / "figures.json")
+
+    args = parser.parse_args()
+    if args.task == "demo":
+        demo.run(
+            demo.Settings(args.model, args.num_tokens, args.num_prompt, args.num_documents),
+            args.out,
+        )
+    else:
+        figures.run(args.model, args.rounds, args.out)
+
+
+if __name__ == "__main__":
+    main()
