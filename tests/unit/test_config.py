@@ -1,0 +1,231 @@
+"""From what a user writes to a policy; every refusal says what is allowed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+
+from vllm_semantic.config import (
+    CONFIG_KEY,
+    MAX_TOKENS,
+    capacity,
+    check_block_size,
+    describe,
+    make_policy,
+    policy_from_config,
+    policy_to_config,
+    resolve_policy_class,
+)
+from vllm_semantic.policies import FullPolicy, KVPolicy, SemanticPolicy, StreamingPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnPolicy(KVPolicy):
+    """A policy that a user might write."""
+
+    name: ClassVar[str] = "own"
+
+    recent_tokens: int = 64
+    favourite_tokens: int = 32
+
+    @property
+    def selected_tokens(self) -> int:
+        return self.favourite_tokens
+
+
+OWN = f"{__name__}.OwnPolicy"
+
+
+# -- what is accepted ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "policy"),
+    [
+        ("full", None, FullPolicy()),
+        ("full", {}, FullPolicy()),
+        ("streaming", None, StreamingPolicy()),
+        ("semantic", {"semantic_tokens": 512}, SemanticPolicy(semantic_tokens=512)),
+        ("semantic", {"sink_tokens": 0}, SemanticPolicy(sink_tokens=0)),
+        ("semantic", {"recent_tokens": MAX_TOKENS}, SemanticPolicy(recent_tokens=MAX_TOKENS)),
+        (OWN, {"favourite_tokens": 96}, OwnPolicy(favourite_tokens=96)),
+        ("vllm_semantic.policies.SemanticPolicy", None, SemanticPolicy()),
+    ],
+)
+def test_accepted(name: str, options: dict[str, int] | None, policy: KVPolicy) -> None:
+    assert make_policy(name, options) == policy
+    assert policy_from_config({"name": name, **(options or {})}) == policy
+    config = policy_to_config(name, options)
+    assert config == {"name": name, **(options or {})}
+    assert policy_from_config(config) == policy
+
+
+def test_just_a_name_is_enough() -> None:
+    assert policy_from_config("streaming") == StreamingPolicy()
+    assert policy_from_config(OWN) == OwnPolicy()
+
+
+@pytest.mark.parametrize("options", [None, {}])
+def test_no_policy_is_no_config(options: dict[str, int] | None) -> None:
+    assert policy_to_config(None, options) is None
+
+
+# -- what is refused -------------------------------------------------------------------
+
+
+def refused(*parts: Any) -> Any:
+    """A ValueError whose message has these parts in this order."""
+    return pytest.raises(ValueError, match=".*".join(re.escape(str(part)) for part in parts))
+
+
+@pytest.mark.parametrize("name", ["semantics", "Semantic", "", "semantic ", None, 7, ["semantic"]])
+def test_wrong_name(name: object) -> None:
+    with refused("--kv-policy", repr(name), "allowed:", "full, streaming, semantic", "KVPolicy"):
+        make_policy(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no_such_module.Policy", "No module named"),
+        (f"{__name__}.NoSuchPolicy", "has no attribute 'NoSuchPolicy'"),
+        ("vllm_semantic.policies.BlockBudget", "is not a subclass of KVPolicy"),
+        ("vllm_semantic.policies.POLICIES", "is not a subclass of KVPolicy"),
+    ],
+)
+def test_wrong_qualified_name(name: str, reason: str) -> None:
+    with refused("--kv-policy", repr(name), reason):
+        resolve_policy_class(name)
+
+
+NOT_TOKENS = [-1, -(10**9), 1.5, 8.0, "64", None, True, False, [64], MAX_TOKENS + 1, 10**30]
+
+
+@pytest.mark.parametrize("value", NOT_TOKENS, ids=repr)
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("semantic", "semantic_tokens"), ("streaming", "sink_tokens"), (OWN, "favourite_tokens")],
+)
+def test_not_a_number_of_tokens(name: str, option: str, value: object) -> None:
+    allowed = f"allowed: integers from 0 to {MAX_TOKENS}"
+    with refused(f"--kv-policy-config.{option} {value!r}", "number of tokens", allowed):
+        make_policy(name, {option: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("full", "allowed: none"),
+        ("streaming", "allowed: sink_tokens, recent_tokens"),
+        ("semantic", "allowed: sink_tokens, recent_tokens, semantic_tokens"),
+        (OWN, "allowed: sink_tokens, recent_tokens, favourite_tokens"),
+    ],
+)
+def test_unknown_option(name: str, allowed: str) -> None:
+    with refused("--kv-policy-config.budget is not an option of policy", repr(name), allowed):
+        make_policy(name, {"budget": 64})
+
+
+def test_options_of_another_policy() -> None:
+    with refused("--kv-policy-config.semantic_tokens", "'streaming'", "allowed:"):
+        make_policy("streaming", {"semantic_tokens": 64})
+    with refused("--kv-policy-config.sink_tokens", "'full'", "allowed: none"):
+        make_policy("full", {"sink_tokens": 8})
+
+
+@pytest.mark.parametrize("options", [[64], "sink_tokens", 64])
+def test_options_that_are_no_object(options: Any) -> None:
+    with refused("--kv-policy-config", repr(options), "JSON object"):
+        make_policy("semantic", options)
+
+
+def test_options_without_a_policy() -> None:
+    options = {"semantic_tokens": 64}
+    with refused("--kv-policy-config", options, "needs --kv-policy", "allowed: full, streaming"):
+        policy_to_config(None, options)
+
+
+@pytest.mark.parametrize("name", ["streaming", "semantic", OWN])
+def test_no_recent_tokens(name: str) -> None:
+    with refused("--kv-policy-config.recent_tokens 0", f"allowed: integers from 1 to {MAX_TOKENS}"):
+        make_policy(name, {"recent_tokens": 0})
+
+
+def test_flags_are_validated_before_they_travel() -> None:
+    with refused("--kv-policy-config.sink_tokens -1"):
+        policy_to_config("semantic", {"sink_tokens": -1})
+
+
+@pytest.mark.parametrize("config", [None, 3, [], {}, {"semantic_tokens": 64}, {"Name": "full"}])
+def test_additional_config_of_another_form(config: object) -> None:
+    with refused(f"additional_config['{CONFIG_KEY}']", repr(config), '"name": "semantic"'):
+        policy_from_config(config)
+
+
+def test_additional_config_is_validated_too() -> None:
+    with refused("--kv-policy-config.semantic_tokens -5"):
+        policy_from_config({"name": "semantic", "semantic_tokens": -5})
+    with refused("--kv-policy", "'lru'"):
+        policy_from_config("lru")
+
+
+# -- block sizes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policy", "block_size", "option", "tokens"),
+    [
+        (SemanticPolicy(), 65, "recent_tokens", 64),
+        (SemanticPolicy(), 128, "recent_tokens", 64),
+        (SemanticPolicy(recent_tokens=256), 193, "semantic_tokens", 192),
+        (StreamingPolicy(), 257, "recent_tokens", 256),
+        (OwnPolicy(), 64, "favourite_tokens", 32),
+    ],
+)
+def test_a_block_size_coarser_than_a_part(
+    policy: KVPolicy, block_size: int, option: str, tokens: int
+) -> None:
+    with refused(
+        f"--block-size {block_size}",
+        f"--kv-policy-config.{option} {tokens}",
+        f"allowed: a block size of at most {tokens}, or {option} of at least {block_size}",
+    ):
+        check_block_size(policy, block_size)
+
+
+@pytest.mark.parametrize(
+    ("policy", "block_size"),
+    [
+        (SemanticPolicy(), 64),  # the sink rounds up
+        (SemanticPolicy(semantic_tokens=0), 64),  # asked for nothing, gets nothing
+        (StreamingPolicy(), 256),
+        (FullPolicy(), 4096),  # nothing to round
+    ],
+)
+def test_a_block_size_that_fits(policy: KVPolicy, block_size: int) -> None:
+    check_block_size(policy, block_size)
+
+
+# -- the start log ---------------------------------------------------------------------
+
+
+def test_describe_says_what_is_held() -> None:
+    assert describe(FullPolicy(), 16) == "KV policy full: every block is kept"
+    assert describe(SemanticPolicy(), 32) == (
+        "KV policy semantic: sink 8 + recent 64 + semantic 192 = 264 tokens, "
+        "held as 9 blocks of 32 (288 tokens) per request"
+    )
+    assert describe(StreamingPolicy(), 16) == (
+        "KV policy streaming: sink 4 + recent 256 = 260 tokens, "
+        "held as 17 blocks of 16 (272 tokens) per request"
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "per_request", "requests"), [(100, 10, 10), (99, 10, 9), (3, 10, 0), (-4, 2, 0)]
+)
+def test_capacity(num_blocks: int, per_request: int, requests: int) -> None:
+    assert capacity(num_blocks, per_request) == requests

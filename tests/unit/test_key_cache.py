@@ -1,0 +1,169 @@
+"""Keys that vLLM's own op wrote to random slots are read back exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vllm import _custom_ops as custom_ops
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
+
+from vllm_semantic.engine.key_cache import KeyCache, cpu_key_places, stack_layers
+
+NUM_LAYERS = 2
+NUM_KERNEL_BLOCKS = 12
+HEAD_SIZES = [32, 64, 80, 128]
+
+
+def empty_cache(
+    dtype: torch.dtype, block_size: int, head_size: int, num_kv_heads: int
+) -> torch.Tensor:
+    """``[num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]``, as vLLM has it."""
+    shape = (NUM_LAYERS, NUM_KERNEL_BLOCKS, num_kv_heads, block_size, 2 * head_size)
+    return torch.zeros(shape, dtype=dtype)
+
+
+def write_random_keys(kv_cache: torch.Tensor, seed: int) -> torch.Tensor:
+    """Fill one layer's cache as the CPU backend does.
+
+    Returns:
+        The keys ``[num_blocks, block_size, num_kv_heads, head_size]``.
+    """
+    num_blocks, num_kv_heads, block_size, width = kv_cache.shape
+    head_size = width // 2
+    generator = torch.Generator().manual_seed(seed)
+    num_slots = num_blocks * block_size
+    flat = kv_cache.view(num_blocks, num_kv_heads, block_size * 2, head_size)
+    key_cache, value_cache = flat.chunk(2, dim=2)
+    keys, values = (
+        torch.randn(num_slots, num_kv_heads, head_size, generator=generator).to(kv_cache.dtype)
+        for _ in range(2)
+    )
+    slots = torch.randperm(num_slots, generator=generator)
+    isa = _get_attn_isa(kv_cache.dtype, block_size, head_size)
+    # Half at once and the rest one by one: as in prefill and as in decode.
+    middle = num_slots // 2
+    for part in (slice(0, middle), *(slice(i, i + 1) for i in range(middle, num_slots))):
+        custom_ops.cpu_attn_reshape_and_cache(
+            keys[part], values[part], key_cache, value_cache, slots[part], isa
+        )
+    by_slot = torch.empty_like(keys)
+    by_slot[slots] = keys
+    return by_slot.view(num_blocks, block_size, num_kv_heads, head_size)
+
+
+def reader(kv_cache: torch.Tensor, kernel_blocks: int) -> KeyCache:
+    block_size, head_size = kv_cache.shape[3], kv_cache.shape[4] // 2
+    isa = _get_attn_isa(kv_cache.dtype, block_size, head_size)
+    places = cpu_key_places(block_size, head_size, kv_cache.dtype, isa)
+    return KeyCache(kv_cache, head_size, kernel_blocks, places)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 3])
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("block_size", [32, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_come_back(
+    dtype: torch.dtype, block_size: int, head_size: int, num_kv_heads: int
+) -> None:
+    kv_cache = empty_cache(dtype, block_size, head_size, num_kv_heads)
+    keys = torch.stack([write_random_keys(layer, seed) for seed, layer in enumerate(kv_cache)])
+    block_ids = torch.tensor([3, 0, 5, 3, 1])
+    for kernel_blocks in (1, 2):
+        gathered = reader(kv_cache, kernel_blocks).gather(block_ids)
+        # A block of the manager is this many kernel blocks in a row.
+        blocks = keys.view(NUM_LAYERS, -1, kernel_blocks * block_size, num_kv_heads, head_size)
+        assert gathered.dtype == dtype
+        assert torch.equal(gathered, blocks[:, block_ids].transpose(2, 3))
+
+
+@pytest.mark.parametrize("kernel_blocks", [1, 2])
+def test_no_block_is_no_key(kernel_blocks: int) -> None:
+    kv_cache = empty_cache(torch.float32, 32, 64, 2)
+    gathered = reader(kv_cache, kernel_blocks).gather(torch.tensor([], dtype=torch.long))
+    assert gathered.shape == (NUM_LAYERS, 0, 2, 32 * kernel_blocks, 64)
+
+
+def test_the_head_sizes_are_those_of_the_backend() -> None:
+    assert set(HEAD_SIZES) <= set(CPUAttentionBackend.get_supported_head_sizes())
+
+
+@pytest.mark.parametrize("isa", ["vec", "vec16"])
+def test_places_are_a_permutation(isa: str) -> None:
+    places = cpu_key_places(32, 64, torch.float32, isa).tolist()
+    assert sorted(places) == list(range(32 * 64))
+    assert places != list(range(32 * 64)), "keys in order: nothing to look up any more"
+
+
+def test_any_places_will_do() -> None:
+    """Not only those of the machine that runs this: as of another instruction set."""
+    block_size, head_size = 16, 8
+    kv_cache = torch.randn(NUM_LAYERS, 4, 3, block_size, 2 * head_size)
+    places = torch.randperm(block_size * head_size, generator=torch.Generator().manual_seed(0))
+    gathered = KeyCache(kv_cache, head_size, 1, places).gather(torch.tensor([2, 1]))
+    for block, block_id in enumerate((2, 1)):
+        for token in range(block_size):
+            for channel in range(head_size):
+                place = places[token * head_size + channel]
+                expected = kv_cache[:, block_id].flatten(2)[:, :, place]
+                assert torch.equal(gathered[:, block, :, token, channel], expected)
+
+
+def test_keys_next_to_their_values_need_no_places() -> None:
+    """The layout of vLLM's GPU backends."""
+    kv_cache = torch.randn(NUM_LAYERS, 6, 2, 16, 2 * 8)
+    gathered = KeyCache(kv_cache, 8, 1).gather(torch.tensor([4, 1]))
+    assert torch.equal(gathered, kv_cache[:, [4, 1], :, :, :8])
+    gathered = KeyCache(kv_cache, 8, 3).gather(torch.tensor([1]))
+    expected = torch.cat([kv_cache[:, i, :, :, :8] for i in (3, 4, 5)], dim=2)
+    assert torch.equal(gathered[:, 0], expected)
+
+
+def test_a_layout_that_loses_keys_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a kernel stored keys rounded, or not at all."""
+    monkeypatch.setattr(custom_ops, "cpu_attn_reshape_and_cache", lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"\(vec, torch.float32\).*--kv-policy cannot read"):
+        cpu_key_places(32, 32, torch.float32, "vec")
+
+
+# -- layers at equal distances ---------------------------------------------------------
+
+
+def assert_views(stacked: list[torch.Tensor], kv_caches: list[torch.Tensor]) -> None:
+    """The stacks hold the layers in order, and are the same memory."""
+    layers = [layer for stack in stacked for layer in stack]
+    for layer, kv_cache in zip(layers, kv_caches, strict=True):
+        assert (layer.data_ptr(), layer.shape, layer.stride()) == (
+            kv_cache.data_ptr(),
+            kv_cache.shape,
+            kv_cache.stride(),
+        )
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 5])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["layer-by-layer", "block-by-block"])
+def test_layers_of_one_allocation_are_one_view(num_layers: int, order: tuple[int, int]) -> None:
+    memory = torch.randn(num_layers * 4 * 2 * 3 * 8)
+    shape = [num_layers, 4] if order == (0, 1) else [4, num_layers]
+    kv_caches = list(memory.view(*shape, 2, 3, 8).permute(*order, 2, 3, 4))
+    stacked = stack_layers(kv_caches)
+    assert len(stacked) == 1
+    assert_views(stacked, kv_caches)
+
+
+def test_what_cannot_be_one_view_stays_apart() -> None:
+    memory = torch.randn(6, 4, 2, 3, 8)
+    for kv_caches in (
+        [memory[0], memory[1], memory[3]],  # unequal distances
+        [memory[2], memory[1], memory[0]],  # backwards
+        [memory[0], memory[1].clone()],  # another allocation
+        [memory[0], memory[1, :2]],  # another shape
+        [memory[0], memory[1].view(torch.int32)],  # another dtype
+    ):
+        stacked = stack_layers(kv_caches)
+        assert len(stacked) == len(kv_caches)
+        assert_views(stacked, kv_caches)
+
+
+def test_layers_that_share_a_cache() -> None:
+    memory = torch.randn(4, 2, 3, 8)
+    assert_views(stack_layers([memory, memory]), [memory, memory])

@@ -1,0 +1,193 @@
+"""The KV cache format of a layer under a policy, and how vLLM finds its manager."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SlidingWindowManager,
+    get_manager_for_kv_cache_spec,
+)
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from vllm_semantic.engine.manager import SemanticManager
+from vllm_semantic.engine.spec import SemanticSpec, semantic_spec
+from vllm_semantic.policies import FullPolicy, KVPolicy, SemanticPolicy, StreamingPolicy
+
+SHAPE = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+FULL_ATTENTION = FullAttentionSpec(**SHAPE)
+
+repeatable = settings(deadline=None, derandomize=True)
+
+
+def sizes(max_model_len: int = 8192, max_num_batched_tokens: int = 512, batches: int = 1) -> Any:
+    """The part of a VllmConfig that sizing reads."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=max_model_len),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=max_num_batched_tokens),
+        max_in_flight_tokens=batches * max_num_batched_tokens,
+    )
+
+
+def under(policy: KVPolicy, spec: KVCacheSpec = FULL_ATTENTION, **kwargs: int) -> KVCacheSpec:
+    return semantic_spec(spec, policy, sizes(**kwargs))
+
+
+# -- which layers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [FullPolicy(), StreamingPolicy(), SemanticPolicy()])
+def test_a_full_attention_layer_is_put_under_the_policy(policy: KVPolicy) -> None:
+    spec = replace(FULL_ATTENTION, page_size_padded=32768, non_causal=True)
+    semantic = under(policy, spec, max_num_batched_tokens=256, batches=2)
+    assert type(semantic) is SemanticSpec
+    assert semantic.policy == policy
+    assert (semantic.prefill_interval, semantic.max_in_flight_tokens) == (256, 512)
+    assert semantic.page_size_bytes == spec.page_size_bytes == 32768
+    for field in spec.__dataclass_fields__:
+        assert getattr(semantic, field) == getattr(spec, field)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SlidingWindowSpec(**SHAPE, sliding_window=128),
+        ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=128),
+        MLAAttentionSpec(**SHAPE | {"num_kv_heads": 1}),
+        # Windows that vLLM manages as full attention still forget by themselves.
+        FullAttentionSpec(**SHAPE, sliding_window=128),
+        FullAttentionSpec(**SHAPE, attention_chunk_size=128),
+    ],
+    ids=lambda spec: type(spec).__name__,
+)
+def test_any_other_layer_is_left_alone(spec: KVCacheSpec) -> None:
+    assert under(SemanticPolicy(), spec) is spec
+
+
+# -- sizing ----------------------------------------------------------------------------
+
+
+def test_the_documented_bound() -> None:
+    """Default policy, 32-token blocks: 1 + 2 + 6, a step of 512 tokens, the block in work."""
+    spec = under(SemanticPolicy())
+    assert spec.budget.total == 9
+    assert spec.max_admission_blocks == 9 + 16 + 1
+    assert under(SemanticPolicy(), batches=2).max_admission_blocks == 9 + 32 + 1
+    assert under(StreamingPolicy(), max_num_batched_tokens=500).max_admission_blocks == 9 + 16 + 1
+    assert under(FullPolicy()).max_admission_blocks is None
+
+
+@repeatable
+@given(st.integers(1, 100_000), st.integers(1, 4096), st.integers(1, 2))
+def test_memory_usage_is_bounded(max_model_len: int, tokens: int, batches: int) -> None:
+    kwargs = {
+        "max_model_len": max_model_len,
+        "max_num_batched_tokens": tokens,
+        "batches": batches,
+    }
+    needed = FULL_ATTENTION.max_memory_usage_bytes(sizes(**kwargs))
+    spec = under(SemanticPolicy(), **kwargs)
+    bound = spec.max_admission_blocks * spec.page_size_bytes
+    assert spec.max_memory_usage_bytes(sizes(**kwargs)) == min(needed, bound)
+    full = under(FullPolicy(), **kwargs)
+    assert full.max_memory_usage_bytes(sizes(**kwargs)) == needed
+
+
+# -- merging ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 5])
+def test_merging_the_layers_of_a_group_keeps_the_policy(num_layers: int) -> None:
+    spec = under(SemanticPolicy(semantic_tokens=96), max_num_batched_tokens=128, batches=2)
+    assert SemanticSpec.merge([spec] * num_layers) == spec
+
+
+def test_layers_of_different_shapes_do_not_merge() -> None:
+    other = under(SemanticPolicy(), replace(FULL_ATTENTION, num_kv_heads=4))
+    with pytest.raises(AssertionError):
+        SemanticSpec.merge([under(SemanticPolicy()), other])
+
+
+def test_specs_of_different_policies_are_different() -> None:
+    """vLLM groups layers by equality and hash of their specs."""
+    specs = {under(SemanticPolicy()), under(SemanticPolicy()), under(StreamingPolicy())}
+    assert len(specs) == 2
+
+
+# -- registry --------------------------------------------------------------------------
+
+
+def test_the_registry_maps_the_spec_to_our_manager() -> None:
+    spec = under(SemanticPolicy())
+    assert KVCacheSpecRegistry.get_manager_class(spec) is SemanticManager
+    assert KVCacheSpecRegistry.get_uniform_type_base_spec(spec) is FullAttentionSpec
+    KVCacheSpecRegistry.check_kv_cache_spec_registry({"layer": spec})
+
+
+def test_vllms_own_specs_keep_their_managers() -> None:
+    managers = {
+        FULL_ATTENTION: FullAttentionManager,
+        SlidingWindowSpec(**SHAPE, sliding_window=128): SlidingWindowManager,
+    }
+    for spec, manager in managers.items():
+        assert KVCacheSpecRegistry.get_manager_class(spec) is manager
+
+
+def test_in_a_process_where_ours_registers_first(repo: Path) -> None:
+    """Registering into an empty registry would make vLLM skip its own specs."""
+    code = """
+import vllm_semantic.engine.spec
+from vllm.v1 import kv_cache_spec_registry as registry
+from vllm.v1.kv_cache_interface import *
+names = {cls.__name__ for cls in registry._REGISTRY_KVCACHESPEC_LIST}
+assert {"SemanticSpec", "FullAttentionSpec", "SlidingWindowSpec", "MambaSpec"} <= names, names
+manager = registry._REGISTRY_KVCACHESPEC_LIST[FullAttentionSpec].manager_class
+assert manager.__name__ == "FullAttentionManager", manager
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=repo, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_manager_takes_the_bound_from_the_spec() -> None:
+    """vLLM passes an admission cap to its own spec types only."""
+    from vllm.v1.core.block_pool import BlockPool
+
+    pool = BlockPool(num_gpu_blocks=4, enable_caching=True, hash_block_size=32)
+    for policy, bound in ((SemanticPolicy(), 26), (FullPolicy(), None)):
+        manager = get_manager_for_kv_cache_spec(
+            under(policy),
+            max_in_flight_tokens=512,
+            max_model_len=8192,
+            block_pool=pool,
+            enable_caching=True,
+            kv_cache_group_id=0,
+            scheduler_block_size=32,
+        )
+        assert type(manager) is SemanticManager
+        assert manager.max_admission_blocks_per_request == bound
+
+
+def test_a_block_size_too_coarse_for_the_policy_is_refused() -> None:
+    spec = under(SemanticPolicy(), replace(FULL_ATTENTION, block_size=128))
+    with pytest.raises(ValueError, match=r"--block-size 128 is too coarse.*recent_tokens 64"):
+        SemanticManager(spec)
