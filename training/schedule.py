@@ -1,0 +1,45 @@
+"""What the wall clock says: the learning rate and the context length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Phase:
+    """From `start` (fraction of the budget) on, train on windows of `length` tokens.
+
+    `synthetic` is the share of windows with a long-range task, `echo` the share that says
+    one passage over and over: dense practice that turns planted induction heads into good ones.
+    """
+
+    start: float
+    length: int
+    synthetic: float
+    echo: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warm-up by steps, then stable, then a linear decay to zero over the end of the budget."""
+
+    seconds: float
+    warmup_steps: int = 50
+    decay: float = 0.3
+    plant: float = 0.59  # when the induction heads are put in, as a fraction of the budget
+    phases: tuple[Phase, ...] = (
+        Phase(0.0, 512, synthetic=0.2, echo=0.0),
+        Phase(0.59, 512, synthetic=0.2, echo=0.25),
+        Phase(0.8, 2048, synthetic=0.35, echo=0.05),
+    )
+
+    def factor(self, step: int, elapsed: float) -> float:
+        """Learning rate as a fraction of its peak after `elapsed` seconds of training."""
+        warmup = min(1.0, (step + 1) / self.warmup_steps)
+        left = max(0.0, 1.0 - elapsed / self.seconds)
+        return min(warmup, left / self.decay)
+
+    def phase(self, elapsed: float) -> int:
+        """Index of the phase after `elapsed` seconds of training."""
+        done = elapsed / self.seconds
+        return max(i for i, phase in enumerate(self.phases) if done >= phase.start)
