@@ -1,0 +1,117 @@
+"""The flags, through vLLM's own parser and configuration."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_semantic.hooks import SCHEDULERS, WORKERS, finish_config
+from vllm_semantic.policies import SemanticPolicy
+
+SEMANTIC_512 = ["--kv-policy", "semantic", "--kv-policy-config.semantic_tokens", "512"]
+
+
+def configure(model: str, *flags: str) -> Any:
+    """From a command line to the configuration an engine starts with."""
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = parser.parse_args(["--model", model, "--dtype", "float32", *flags])
+    return AsyncEngineArgs.from_cli_args(args).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--kv-policy", "semantic", "--kv-policy-config", '{"semantic_tokens": 512}'],
+        SEMANTIC_512,
+        ["--kv-policy-config.semantic_tokens=512", "--kv-policy=semantic"],
+        [*SEMANTIC_512, "--additional-config", '{"other": 1}'],
+        ["--additional-config", '{"other": 1}', *SEMANTIC_512],
+        ["--additional-config", '{"kv_policy": {"name": "semantic", "semantic_tokens": 512}}'],
+    ],
+)
+def test_flags_reach_the_configuration(flags: list[str], llama: str) -> None:
+    config = configure(llama, *flags)
+    policy = config.additional_config["kv_policy"]
+    assert policy == {"name": "semantic", "semantic_tokens": 512}
+    assert ("other" in config.additional_config) == ("other" in " ".join(flags))
+    assert config.scheduler_config.scheduler_cls == SCHEDULERS[False]
+    assert config.parallel_config.worker_cls in WORKERS.values()
+    assert config.cache_config.block_size == 32
+
+
+def test_block_size_of_the_user_is_kept(llama: str) -> None:
+    config = configure(llama, "--kv-policy", "semantic", "--block-size", "64")
+    assert config.cache_config.block_size == 64
+
+
+def test_no_flag_no_change(llama: str) -> None:
+    config = configure(llama)
+    assert config.additional_config == {}
+    assert config.scheduler_config.scheduler_cls is None
+    assert config.parallel_config.worker_cls in WORKERS
+    assert config.cache_config.block_size == 128
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--kv-policy-config.semantic_tokens", "-1"], r"semantic_tokens -1 .* from 0 to"),
+        (["--kv-policy-config.semantic_tokens", "1.5"], r"semantic_tokens 1.5 .* integers"),
+        (["--kv-policy-config.semantic_tokens", str(2**40)], r"semantic_tokens \d+ .* from 0 to"),
+        (["--kv-policy-config.window", "4"], r"window .* allowed: sink_tokens, recent_tokens"),
+        (["--kv-policy-config.recent_tokens", "0"], r"recent_tokens 0 .* from 1"),
+        (
+            ["--block-size", "128"],
+            r"--block-size 128 .*recent_tokens 64; allowed: a block size of at most 64",
+        ),
+        (["--pipeline-parallel-size", "2"], r"--pipeline-parallel-size 2 \(allowed: 1\)"),
+        (["--tensor-parallel-size", "2"], r"--tensor-parallel-size 2 \(allowed: 1\)"),
+        (["--kv-cache-dtype", "fp8"], r"--kv-cache-dtype fp8 \(allowed: auto"),
+        (
+            ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
+            "--speculative-config",
+        ),
+    ],
+)
+def test_refused_at_start(flags: list[str], message: str, llama: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configure(llama, "--kv-policy", "semantic", *flags)
+
+
+def test_options_without_a_policy_are_refused(llama: str) -> None:
+    with pytest.raises(ValueError, match=r"--kv-policy-config .* needs --kv-policy"):
+        configure(llama, "--kv-policy-config", json.dumps({"semantic_tokens": 1}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--kv-policy", "smart"], "'smart' is not known; allowed: full, streaming, semantic"),
+        (["--kv-policy", "semantic", "--kv-policy-config", "192"], "not a JSON object"),
+    ],
+)
+def test_parser_refuses(
+    flags: list[str], message: str, llama: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        configure(llama, *flags)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_runner_v2_is_refused(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(llama)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="does not support Model Runner V2"):
+        finish_config(config, SemanticPolicy())
+
+
+def test_another_vllm_is_refused(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.__version__", "0.31.2")
+    with pytest.raises(ValueError, match=r"does not support vLLM 0.31.2; allowed: 0.32.\*"):
+        configure(llama, "--kv-policy", "semantic")
+    configure(llama)  # without a policy it is not ours to say

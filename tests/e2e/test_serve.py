@@ -1,0 +1,219 @@
+"""A real ``vllm serve`` process, driven by the real OpenAI client."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+
+POOL_BLOCKS = 48
+BLOCK_SIZE = 32
+FLAGS = [
+    "--kv-policy=semantic",
+    "--kv-policy-config.sink_tokens=8",
+    "--kv-policy-config.recent_tokens=64",
+    "--kv-policy-config.semantic_tokens=64",
+    f"--num-gpu-blocks-override={POOL_BLOCKS}",
+    f"--block-size={BLOCK_SIZE}",
+    "--max-num-batched-tokens=256",
+    "--max-num-seqs=6",
+    "--max-model-len=2048",
+    "--kv-cache-memory-bytes=67108864",
+    "--enforce-eager",
+]
+
+
+class Server:
+    """A server process, its client and its log."""
+
+    def __init__(self, model: Path, log: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.model = str(model)
+        self.log = log
+        # One process for the engine as a user gets it, unlike the other tests.
+        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        environment |= {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        self.process = subprocess.Popen(
+            [*serve_command(model), f"--port={self.port}", *FLAGS],
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=120)
+
+    def wait(self) -> None:
+        for _ in range(600):
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5)
+                return
+            except OSError:
+                time.sleep(0.5)
+        raise TimeoutError(self.log.read_text()[-4000:])
+
+    def metric(self, name: str) -> float:
+        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=30).read().decode()
+        values = [line.rsplit(" ", 1)[1] for line in text.splitlines() if line.startswith(name)]
+        return sum(float(value) for value in values)
+
+    def idle(self) -> bool:
+        """No request runs or waits, and no block is held."""
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+        return not any(self.metric(name) for name in (*names, "vllm:kv_cache_usage_perc"))
+
+
+def serve_command(model: Path) -> list[str]:
+    return [str(Path(sys.executable).parent / "vllm"), "serve", str(model)]
+
+
+@pytest.fixture(scope="module")
+def server(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(repo / "models" / "lookback-5m", tmp_path_factory.mktemp("serve") / "log")
+    try:
+        server.wait()
+        yield server
+        assert server.process.poll() is None, "the server died"
+        wait_until_idle(server)
+    finally:
+        server.process.terminate()
+        server.process.wait(60)
+
+
+def wait_until_idle(server: Server) -> None:
+    for _ in range(100):
+        if server.idle():
+            return
+        time.sleep(0.2)
+    raise AssertionError("blocks or requests are left behind")
+
+
+def long_text(repo: Path, num_chars: int) -> str:
+    path = sorted((repo / "benchmarks" / "texts" / "books").glob("*.txt"))[0]
+    return path.read_text()[:num_chars]
+
+
+def test_start_log_says_what_runs(server: Server) -> None:
+    log = server.log.read_text()
+    assert "KV policy semantic: sink 8 + recent 64 + semantic 64 = 136 tokens" in log
+    assert f"held as 5 blocks of {BLOCK_SIZE} (160 tokens) per request" in log
+    assert f"KV policy semantic: {POOL_BLOCKS - 1} blocks hold 6 requests of 2048 tokens" in log
+    assert "the full cache would hold 0" in log
+
+
+def test_chat(server: Server) -> None:
+    answer = server.client.chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": "Tell me about the sea."}],
+        max_tokens=16,
+        temperature=0,
+    )
+    assert answer.choices[0].message.content
+    assert answer.usage is not None
+    assert 0 < answer.usage.completion_tokens <= 16
+
+
+def test_prompt_longer_than_the_budget_is_streamed(server: Server, repo: Path) -> None:
+    """Eviction fired: prompt and answer would not fit the pool otherwise."""
+    prompt = long_text(repo, 5200)
+    chunks = list(
+        server.client.completions.create(
+            model=server.model,
+            prompt=prompt,
+            max_tokens=300,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+    )
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert usage.completion_tokens == 300
+    assert usage.total_tokens > (POOL_BLOCKS - 1) * BLOCK_SIZE
+    assert len([chunk for chunk in chunks if chunk.choices]) > 100, "it came in one piece"
+
+
+def test_parallel_requests_need_eviction(server: Server, repo: Path) -> None:
+    """16 at once, six at a time: more tokens than six full caches in this pool could hold."""
+    prompt = long_text(repo, 1200)
+
+    def complete(i: int) -> tuple[int, int]:
+        answer = server.client.completions.create(
+            model=server.model,
+            prompt=f"{i}. {prompt}",
+            max_tokens=800,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        assert answer.usage is not None
+        return answer.usage.completion_tokens, answer.usage.total_tokens
+
+    preemptions = server.metric("vllm:num_preemptions_total")
+    with ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(complete, range(16)))
+    assert [completion for completion, _ in results] == [800] * 16
+    assert 6 * min(total for _, total in results) > 4 * POOL_BLOCKS * BLOCK_SIZE
+    assert server.metric("vllm:num_preemptions_total") == preemptions
+    wait_until_idle(server)
+
+
+def test_disconnect_returns_blocks(server: Server, repo: Path) -> None:
+    """Clients that go away in mid-stream leave nothing behind, and others go on."""
+    prompt = long_text(repo, 2400)
+
+    def hang_up(i: int) -> None:
+        stream = server.client.completions.create(
+            model=server.model, prompt=f"{i}. {prompt}", max_tokens=1200, stream=True
+        )
+        for _ in zip(range(5), stream, strict=False):
+            pass
+        stream.close()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(hang_up, range(8)))
+    wait_until_idle(server)
+    assert server.metric("vllm:request_success_total") > 0
+    test_chat(server)
+
+
+def test_bad_requests_are_answered(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError):
+        server.client.completions.create(model=server.model, prompt="a", max_tokens=-1)
+    with pytest.raises(openai.BadRequestError):
+        server.client.completions.create(model=server.model, prompt="word " * 9000, max_tokens=1)
+    test_chat(server)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--kv-policy", "smart"], 2, "'smart' is not known; allowed: full, streaming, semantic"),
+        (
+            ["--kv-policy", "semantic", "--kv-policy-config.recent_tokens", "-5"],
+            1,
+            "--kv-policy-config.recent_tokens -5 is not a number of tokens; allowed: integers",
+        ),
+    ],
+)
+def test_bad_flags_end_the_process(flags: list[str], code: int, message: str, repo: Path) -> None:
+    run = subprocess.run(
+        [*serve_command(repo / "models" / "lookback-5m"), *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert run.returncode == code
+    assert message in run.stderr + run.stdout
