@@ -31,5 +31,12 @@ def neox(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from .models import make_gemma
+
+    return make_gemma(tmp_path_factory.mktemp("gemma"))
+
+
+@pytest.fixture(scope="session")
 def repo() -> Path:
     return Path(__file__).resolve().parent.parent

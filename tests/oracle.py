@@ -115,13 +115,17 @@ class Oracle:
     def _attention(
         self, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any
     ) -> tuple[Any, None]:
-        self.calls.append((query, key))
+        visible = self.mask[: self.length, : self.length]
+        if window := kwargs.get("sliding_window"):  # forgets by itself, under no policy
+            visible = self.torch.ones_like(visible).tril().triu(1 - window)
+        else:
+            self.calls.append((query, key))
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         output = self.torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=self.mask[: self.length, : self.length],
+            attn_mask=visible,
             scale=scale,
             enable_gqa=True,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -83,3 +85,19 @@ def test_no_policy_is_stock_vllm(llama: str) -> None:
             type(group.kv_cache_spec).__module__,
         ]
         assert not [name for name in names if name.startswith("vllm_semantic")]
+
+
+def test_plain_vllm_with_additional_config(llama: str) -> None:
+    """No import of the plugin: vLLM's own class finds it through its entry point."""
+    code = f"""
+import sys, vllm
+llm = vllm.LLM({llama!r}, additional_config={{"kv_policy": {{"name": "semantic"}}}},
+               dtype="float32", skip_tokenizer_init=True, enforce_eager=True,
+               max_model_len=2048, kv_cache_memory_bytes=32 << 20)
+params = vllm.SamplingParams(max_tokens=4, temperature=0, detokenize=False)
+llm.generate([{{"prompt_token_ids": list(range(1, 500))}}], params, use_tqdm=False)
+scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+assert scheduler.kv_policy_managers[0].stats.evicted_blocks > 0
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]

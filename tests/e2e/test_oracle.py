@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from ..engines import engine
+from ..engines import engine, scheduler_of
 from ..models import random_prompts
 from ..oracle import Case, judge
 
@@ -21,8 +21,10 @@ POLICIES: dict[str, dict[str, int]] = {
 TOLERANCE = 2**-24 * 256 * 2 * 16
 
 
-@pytest.mark.parametrize("block_size", [32, 64])
-@pytest.mark.parametrize("architecture", ["llama", "neox"])
+@pytest.mark.parametrize(
+    ("architecture", "block_size"),
+    [("llama", 32), ("llama", 64), ("neox", 32), ("neox", 64), ("gemma", 32)],
+)
 def test_engine_agrees_with_oracle(
     architecture: str, block_size: int, request: pytest.FixtureRequest
 ) -> None:
@@ -31,9 +33,12 @@ def test_engine_agrees_with_oracle(
     params = SamplingParams(
         max_tokens=280, temperature=0, ignore_eos=True, detokenize=False, logprobs=1
     )
-    cases, traces, answers = [], [], []
+    cases: list[Case] = []
+    traces: list[dict[int, list[int]]] = []
+    answers: list[Any] = []
     for policy, options in POLICIES.items():
         with engine(model, policy=policy, kv_policy_config=options, block_size=block_size) as llm:
+            assert_only_full_attention(llm, hybrid=architecture == "gemma")
             outputs = llm.generate(prompts, params, use_tqdm=False)
             traces += llm.trace.by_index()
         for prompt, output in zip(prompts, outputs, strict=True):
@@ -53,6 +58,13 @@ def test_engine_agrees_with_oracle(
         assert_agrees(case, trace, answer, verdict)
     eviction_steps = {frozenset(trace) for trace in traces if trace}
     assert len(eviction_steps) > 4, "requests must evict in different steps"
+
+
+def assert_only_full_attention(llm: Any, hybrid: bool) -> None:
+    """The policy is on the full-attention groups and on no other."""
+    groups = scheduler_of(llm).kv_cache_config.kv_cache_groups
+    kinds = {type(group.kv_cache_spec).__name__ for group in groups}
+    assert kinds == ({"SemanticSpec", "SlidingWindowSpec"} if hybrid else {"SemanticSpec"})
 
 
 def assert_agrees(case: Case, trace: dict[int, list[int]], answer: Any, verdict: Any) -> None:

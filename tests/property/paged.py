@@ -1,0 +1,262 @@
+"""A paged KV cache without a model, and what a policy should do to a request, from its definition.
+
+Everything that a real model would decide is a function of a request's tokens alone: the next
+token and the scores of its blocks. So whatever depends on anything else is a bug.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+from vllm.v1.outputs import ModelRunnerOutput
+
+from vllm_semantic.messages import KVPolicyStep, attach_scores, step_of
+from vllm_semantic.policies import KVPolicy
+
+VOCAB_SIZE = 97
+
+
+class Tokens:
+    """A prompt and what the model would say to it."""
+
+    def __init__(self, prompt: list[int]) -> None:
+        self.prompt = list(prompt)
+        self._tokens: list[int] = []
+        self._prefixes: list[int] = []
+
+    def __getitem__(self, position: int) -> int:
+        self.prefix(position)
+        return self._tokens[position]
+
+    def prefix(self, position: int) -> int:
+        """Stands for the tokens up to and including ``position``."""
+        while len(self._tokens) <= position:
+            i, before = len(self._tokens), self._prefixes[-1] if self._prefixes else 0
+            token = self.prompt[i] if i < len(self.prompt) else before % VOCAB_SIZE
+            self._tokens.append(token)
+            self._prefixes.append(hash((before, token)))
+        return self._prefixes[position]
+
+    def first(self, length: int) -> list[int]:
+        return [self[i] for i in range(length)]
+
+    def score(self, num_tokens: int, block: int) -> float:
+        """Similarity of a block to the newest query; few values, so that ties are common."""
+        return float(hash((self.prefix(num_tokens - 1), block)) % 7)
+
+
+@dataclass
+class ExpectedEvictions:
+    """What a request alone evicts, computed from its beginning with plain sets."""
+
+    tokens: Tokens
+    policy: KVPolicy
+    block_size: int
+    prefill_interval: int
+    alive: set[int] = field(default_factory=set)
+    num_tokens: int = 0
+    evictions: dict[int, list[int]] = field(default_factory=dict)
+
+    def until(self, num_tokens: int) -> dict[int, list[int]]:
+        """Computed tokens at each eviction -> logical blocks, up to ``num_tokens``."""
+        while self.num_tokens < num_tokens:
+            self.num_tokens += 1
+            self._advance()
+        return {at: blocks for at, blocks in self.evictions.items() if at <= num_tokens}
+
+    def gone_at(self, position: int) -> set[int]:
+        """What the token at ``position`` cannot see."""
+        return {block for blocks in self.until(position).values() for block in blocks}
+
+    def _advance(self) -> None:
+        n, num_prompt = self.num_tokens, len(self.tokens.prompt)
+        if n % self.block_size == 0:
+            self.alive.add(n // self.block_size - 1)
+        within_prompt = n < num_prompt and n % self.prefill_interval == 0
+        after_prompt = n > num_prompt and n % self.block_size == 0
+        if not self.policy.bounded or not (within_prompt or n == num_prompt or after_prompt):
+            return
+        sink, recent, selected = (
+            -(-tokens // self.block_size)
+            for tokens in (
+                self.policy.sink_tokens,
+                self.policy.recent_tokens,
+                self.policy.selected_tokens,
+            )
+        )
+        blocks = sorted(self.alive)
+        middle = blocks[sink : len(blocks) - recent]
+        while len(self.alive) > sink + recent + selected:
+            oldest_first = (lambda b: b) if not selected else lambda b: (self.tokens.score(n, b), b)
+            worst = min(middle, key=oldest_first)
+            middle.remove(worst)
+            self.alive.remove(worst)
+            self.evictions.setdefault(n, []).append(worst)
+        if n in self.evictions:
+            self.evictions[n].sort()
+
+
+class Slot(NamedTuple):
+    """What a token left in the cache."""
+
+    prefix: int
+    gone: frozenset[int]
+    """Blocks of its request that it could not see. Empty: exact."""
+
+
+class PagedWorker:
+    """Does with a scheduler's output what the workers do, and checks every read and write."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.cache: dict[int, dict[int, Slot]] = {}
+        self.rows: dict[str, list[int]] = {}
+        self.gone: dict[str, set[int]] = {}
+
+    def execute(self, output: Any, requests: dict[str, Tokens]) -> ModelRunnerOutput:
+        step = step_of(output) or KVPolicyStep()
+        self._apply_evictions(step)
+        spans = self._update_rows(output, requests)
+        for request_id, (start, end, _) in spans.items():
+            self._write(request_id, requests[request_id], start, end)
+        for request_id, (_, end, _) in spans.items():
+            self._read(request_id, requests[request_id], end)
+        result = ModelRunnerOutput(
+            req_ids=list(spans),
+            req_id_to_index={request_id: i for i, request_id in enumerate(spans)},
+            sampled_token_ids=[
+                [requests[request_id][known]] if end == known else []
+                for request_id, (_, end, known) in spans.items()
+            ],
+        )
+        if step.score_requests:
+            asked = step.score_requests[0]
+            scores = {r: self._score(asked[r], r, requests[r], spans[r][1]) for r in asked}
+            attach_scores(result, {0: scores})
+        return result
+
+    def _apply_evictions(self, step: KVPolicyStep) -> None:
+        for request_id, blocks in step.evictions.get(0, {}).items():
+            row = self.rows[request_id]
+            assert blocks == sorted(set(blocks))
+            for block in blocks:
+                assert row[block] != 0, f"{request_id}: block {block} evicted twice"
+                row[block] = 0
+            self.gone[request_id] |= set(blocks)
+
+    def _update_rows(
+        self, output: Any, requests: dict[str, Tokens]
+    ) -> dict[str, tuple[int, int, int]]:
+        """Take over block tables; first, last and known tokens of each request's span."""
+        spans = {}
+        for request_id in output.finished_req_ids:
+            self.rows.pop(request_id, None)
+            self.gone.pop(request_id, None)
+        for new in output.scheduled_new_reqs:
+            self.rows[new.req_id] = list(new.block_ids[0])
+            self.gone[new.req_id] = set()
+            spans[new.req_id] = (new.num_computed_tokens, len(requests[new.req_id].prompt))
+        cached = output.scheduled_cached_reqs
+        for i, request_id in enumerate(cached.req_ids):
+            new_block_ids = list(cached.new_block_ids[i][0]) if cached.new_block_ids[i] else []
+            if request_id in cached.resumed_req_ids:
+                self.rows[request_id], self.gone[request_id] = new_block_ids, set()
+            else:
+                self.rows[request_id] += new_block_ids
+            known = len(requests[request_id].prompt) + cached.num_output_tokens[i]
+            spans[request_id] = (cached.num_computed_tokens[i], known)
+        assert spans.keys() == output.num_scheduled_tokens.keys()
+        return {
+            request_id: (start, start + output.num_scheduled_tokens[request_id], known)
+            for request_id, (start, known) in spans.items()
+        }
+
+    def _write(self, request_id: str, tokens: Tokens, start: int, end: int) -> None:
+        gone = frozenset(self.gone[request_id])
+        for position in range(start, end):
+            block_id = self.rows[request_id][position // self.block_size]
+            assert block_id != 0, f"{request_id}: token {position} has no block"
+            slots = self.cache.setdefault(block_id, {})
+            slots[position % self.block_size] = Slot(tokens.prefix(position), gone)
+
+    def _read(self, request_id: str, tokens: Tokens, end: int) -> None:
+        row = self.rows[request_id]
+        holes = {i for i, block_id in enumerate(row) if block_id == 0}
+        assert holes == self.gone[request_id]
+        for position in range(end):
+            block_id = row[position // self.block_size]
+            if block_id:
+                slot = self.cache[block_id][position % self.block_size]
+                assert slot.prefix == tokens.prefix(position), f"{request_id} reads another's key"
+
+    def _score(self, asked: Any, request_id: str, tokens: Tokens, end: int) -> list[float]:
+        row = self.rows[request_id]
+        assert asked.block_indices == sorted(set(asked.block_indices))
+        assert [row[i] for i in asked.block_indices] == asked.block_ids
+        assert 0 not in asked.block_ids, "asked to score what was evicted"
+        assert all(i < end // self.block_size for i in asked.block_indices)
+        return [tokens.score(end, i) for i in asked.block_indices]
+
+    def slots_of(self, request_id: str, end: int) -> list[tuple[int, Slot]]:
+        """Position and slot of each token that the request still sees."""
+        row = self.rows[request_id]
+        return [
+            (position, self.cache[row[position // self.block_size]][position % self.block_size])
+            for position in range(end)
+            if row[position // self.block_size]
+        ]
+
+
+class PrefixOfHash:
+    """Which prefix a block hash of vLLM stands for."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.prefix_of: dict[bytes, int] = {}
+
+    def learn(self, request: Any, tokens: Tokens) -> None:
+        for i, block_hash in enumerate(request.block_hashes):
+            key = make_block_hash_with_group_id(block_hash, 0)
+            self.prefix_of[key] = tokens.prefix((i + 1) * self.block_size - 1)
+
+    def check_cached_blocks(self, pool: Any, cache: dict[int, dict[int, Slot]]) -> int:
+        """Every block in the prefix cache is full, exact and of the prefix it is filed under."""
+        num_cached = 0
+        for block in pool.blocks:
+            if block.block_hash is None:
+                continue
+            num_cached += 1
+            slots = cache[block.block_id]
+            assert len(slots) == self.block_size
+            assert not any(slot.gone for slot in slots.values()), "an inexact block is shared"
+            assert slots[self.block_size - 1].prefix == self.prefix_of[block.block_hash]
+        return num_cached
+
+
+def check_pool(pool: Any, tables: dict[str, list[Any]]) -> None:
+    """free + referenced + null = total, and reference counts are those of the tables."""
+    references = Counter(
+        block.block_id for table in tables.values() for block in table if not block.is_null
+    )
+    free = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
+    assert len(free) == len(set(free)) == pool.get_num_free_blocks(), "freed twice"
+    assert len(free) + len(references) + 1 == pool.num_gpu_blocks
+    assert not set(free) & references.keys()
+    for block in pool.blocks[1:]:
+        assert block.ref_cnt == references[block.block_id]
+    assert pool.null_block.block_id == 0
+    assert pool.null_block.is_null
+
+
+def check_pool_whole(manager: Any) -> None:
+    """Nothing of any request is left."""
+    pool = manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    check_pool(pool, {})
+    assert not manager.req_to_blocks
+    assert not manager.num_cached_block
+    assert not manager._requests
+    assert not manager._evictions

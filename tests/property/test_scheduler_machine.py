@@ -1,0 +1,322 @@
+"""vLLM's schedulers under a policy, driven without a model through random lives of requests."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import sha256
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_semantic import register
+from vllm_semantic.config import policy_from_config
+from vllm_semantic.engine.spec import semantic_spec
+from vllm_semantic.hooks import SCHEDULERS
+from vllm_semantic.messages import step_of
+
+from .paged import (
+    VOCAB_SIZE,
+    ExpectedEvictions,
+    PagedWorker,
+    PrefixOfHash,
+    Tokens,
+    check_pool,
+    check_pool_whole,
+)
+
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 96
+MAX_REQUESTS = 5
+
+TIGHT = [
+    {"name": "streaming", "sink_tokens": 4, "recent_tokens": 8},
+    {"name": "streaming", "sink_tokens": 0, "recent_tokens": 4},
+    {"name": "semantic", "sink_tokens": 4, "recent_tokens": 8, "semantic_tokens": 12},
+    {"name": "semantic", "sink_tokens": 0, "recent_tokens": 4, "semantic_tokens": 4},
+    {"name": "semantic", "sink_tokens": 9, "recent_tokens": 4, "semantic_tokens": 20},
+]
+AMPLE = [
+    {"name": "full"},
+    {"name": "streaming", "recent_tokens": 4096},
+    {"name": "semantic", "semantic_tokens": 4096},
+]
+
+
+@cache
+def vllm_config(model: str, asynchronous: bool, tokens_per_step: int, caching: bool) -> Any:
+    register()
+    config = EngineArgs(
+        model=model,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=MAX_REQUESTS - 1,
+        max_num_batched_tokens=tokens_per_step,
+        block_size=32,
+        enable_prefix_caching=caching,
+    ).create_engine_config()
+    # The CPU platform turns it off: what a GPU would have.
+    config.scheduler_config.async_scheduling = asynchronous
+    return config
+
+
+def make_scheduler(cls: type, config: Any, spec: Any, num_blocks: int) -> Any:
+    config.cache_config.num_gpu_blocks = num_blocks
+    return cls(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(
+            num_blocks=num_blocks,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        ),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=BLOCK_SIZE,
+    )
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """An engine whose worker is exact and whose users are not."""
+
+    def __init__(self, model: str, asynchronous: bool, policies: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.model = model
+        self.asynchronous = asynchronous
+        self.policies = policies
+        self.max_in_flight = 2 if asynchronous else 1
+
+    @initialize(data=st.data())
+    def start(self, data: st.DataObject) -> None:
+        self.policy = policy_from_config(data.draw(st.sampled_from(self.policies)))
+        self.tokens_per_step = data.draw(st.sampled_from([8, 13, 16, 32]))
+        self.caching = data.draw(st.booleans())
+        config = vllm_config(self.model, self.asynchronous, self.tokens_per_step, self.caching)
+        import torch
+
+        full = FullAttentionSpec(
+            block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
+        )
+        self.spec = semantic_spec(full, self.policy, config)
+        most = -(-MAX_MODEL_LEN // BLOCK_SIZE)
+        # What vLLM's start-up check asks for is enough; more is drawn.
+        least = min(self.spec.max_admission_blocks or most, most)
+        num_blocks = least + data.draw(st.integers(1, most))
+        ours = resolve_obj_by_qualname(SCHEDULERS[self.asynchronous])
+        self.scheduler = make_scheduler(ours, config, self.spec, num_blocks)
+        self.manager = self.scheduler.kv_policy_managers[0]
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.stock = None
+        if self.policies is AMPLE:
+            stock = AsyncScheduler if self.asynchronous else Scheduler
+            self.stock = make_scheduler(stock, config, full, num_blocks)
+        init_none_hash(sha256)
+        self.hasher = get_request_block_hasher(BLOCK_SIZE, sha256) if self.caching else None
+        self.worker = PagedWorker(BLOCK_SIZE)
+        self.hashes = PrefixOfHash(BLOCK_SIZE)
+        self.in_flight: deque[tuple[Any, Any, Any]] = deque()
+        self.tokens: dict[str, Tokens] = {}
+        self.requests: dict[str, Request] = {}
+        self.expected: dict[str, ExpectedEvictions] = {}
+        self.evicted: dict[str, dict[int, list[int]]] = {}
+        """Of each request since it last started over: computed tokens -> logical blocks."""
+
+    # -- what users do -----------------------------------------------------------------
+
+    @precondition(lambda self: len(self.scheduler.requests) < MAX_REQUESTS)
+    @rule(data=st.data())
+    def add(self, data: st.DataObject) -> None:
+        shared: list[int] = []
+        if self.tokens and data.draw(st.booleans()):
+            earlier = self.tokens[data.draw(st.sampled_from(sorted(self.tokens)))]
+            shared = earlier.first(data.draw(st.integers(1, MAX_MODEL_LEN - 2)))
+        length = data.draw(st.integers(max(1, len(shared)), MAX_MODEL_LEN - 1))
+        seed = data.draw(st.integers(0, 50))
+        prompt = shared + [(seed * 31 + i) % VOCAB_SIZE for i in range(length - len(shared))]
+        max_tokens = data.draw(st.integers(1, MAX_MODEL_LEN - length))
+        request_id = f"r{len(self.tokens)}"
+        self.tokens[request_id] = Tokens(prompt)
+        self.evicted[request_id] = {}
+        self.expected[request_id] = ExpectedEvictions(
+            self.tokens[request_id], self.policy, BLOCK_SIZE, self.tokens_per_step
+        )
+        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+        for scheduler in filter(None, (self.stock, self.scheduler)):
+            request = Request(request_id, prompt, params, None, block_hasher=self.hasher)
+            scheduler.add_request(request)
+        self.requests[request_id] = request
+
+    @precondition(lambda self: self.scheduler.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        """Also while the request's step is in flight."""
+        request_id = data.draw(st.sampled_from(sorted(self.scheduler.requests)))
+        for scheduler in filter(None, (self.stock, self.scheduler)):
+            scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+        self.check()
+
+    @precondition(lambda self: self.asynchronous or not self.in_flight)
+    @rule()
+    def start_all_over(self) -> None:
+        """As when weights are updated: every running request is preempted."""
+        for scheduler in filter(None, (self.stock, self.scheduler)):
+            assert scheduler.reset_prefix_cache(reset_running_requests=True)
+        assert not any(block.block_hash for block in self.pool.blocks)
+        self.check()
+
+    # -- what the engine does ----------------------------------------------------------
+
+    @precondition(lambda self: len(self.in_flight) < self.max_in_flight)
+    @rule()
+    def schedule(self) -> None:
+        output = self.scheduler.schedule()
+        stock_output = self.stock.schedule() if self.stock else None
+        if stock_output is not None:
+            self.check_like_stock(output, stock_output)
+        self.follow(output)
+        result = self.worker.execute(output, self.tokens)
+        self.in_flight.append((output, stock_output, result))
+        self.check()
+        self.check_step(output)
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def settle(self) -> None:
+        output, stock_output, result = self.in_flight.popleft()
+        self.scheduler.update_from_output(output, result)
+        if self.stock:
+            self.stock.update_from_output(stock_output, result)
+        self.check()
+
+    @rule(num_steps=st.integers(2, 30))
+    def run(self, num_steps: int) -> None:
+        """The engine's own loop: keep as many steps in flight as there may be."""
+        for _ in range(num_steps):
+            if not self.scheduler.has_requests() and not self.in_flight:
+                break
+            while self.scheduler.has_requests() and len(self.in_flight) < self.max_in_flight:
+                self.schedule()
+            self.settle()
+
+    def teardown(self) -> None:
+        """Whatever happened, what is left finishes and the pool is whole."""
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(MAX_REQUESTS * 2 * MAX_MODEL_LEN):
+            if not self.scheduler.has_unfinished_requests():
+                break
+            self.run(1)
+        assert not self.scheduler.requests, "requests starve"
+        while self.in_flight:
+            self.settle()
+        for request_id, request in self.requests.items():
+            outputs = list(request.output_token_ids)
+            start = len(request.prompt_token_ids)
+            assert outputs == self.tokens[request_id].first(start + len(outputs))[start:]
+            if request.status != RequestStatus.FINISHED_ABORTED:
+                assert len(outputs) == request.max_tokens
+        check_pool_whole(self.manager)
+        for scheduler in filter(None, (self.stock, self.scheduler)):
+            scheduler.shutdown()
+
+    # -- what must hold ----------------------------------------------------------------
+
+    def follow(self, output: Any) -> None:
+        """Note what was evicted, and that it was allowed to be."""
+        step = step_of(output)
+        resumed = output.scheduled_cached_reqs.resumed_req_ids
+        for request_id, blocks in (step.evictions.get(0, {}) if step else {}).items():
+            assert request_id not in resumed
+            at = self.processed(request_id, output)
+            budget = self.spec.budget
+            kept = sorted(set(range(at // BLOCK_SIZE)) - self.gone(request_id))
+            protected = kept[: budget.sink] + kept[len(kept) - budget.recent :]
+            assert not set(blocks) & set(protected)
+            assert set(blocks) <= set(kept), "evicted twice, or not full"
+            self.evicted[request_id][at] = blocks
+        for request_id in resumed:
+            self.evicted[request_id] = {}
+
+    def processed(self, request_id: str, output: Any) -> int:
+        """Settled tokens of a request when the step was scheduled."""
+        request = self.requests[request_id]
+        # Both counters have been advanced by the step's tokens.
+        return request.num_computed_tokens - request.num_in_flight_tokens
+
+    def gone(self, request_id: str) -> set[int]:
+        return {i for blocks in self.evicted[request_id].values() for i in blocks}
+
+    def check(self) -> None:
+        tables = dict(self.manager.req_to_blocks)
+        check_pool(self.pool, tables)
+        for request_id in tables:
+            assert request_id in self.scheduler.requests
+        for request_id, state in self.manager._requests.items():
+            assert request_id in tables
+            assert state.kept == sorted(set(state.kept))
+        for request_id, tokens in self.tokens.items():
+            self.hashes.learn(self.requests[request_id], tokens)
+        self.hashes.check_cached_blocks(self.pool, self.worker.cache)
+
+    def check_step(self, output: Any) -> None:
+        for request_id in output.num_scheduled_tokens:
+            table = self.manager.req_to_blocks[request_id]
+            assert [block.block_id for block in table] == self.worker.rows[request_id]
+            held = sum(not block.is_null for block in table)
+            assert held == self.manager.num_kept_blocks(request_id)
+            if self.spec.max_admission_blocks is not None:
+                assert held <= self.spec.max_admission_blocks
+            due = self.expected[request_id].until(max(0, self.processed(request_id, output)))
+            assert self.evicted[request_id] == due, request_id
+            if not self.asynchronous:
+                # Nor does it matter how the prompt was cut into chunks.
+                end = self.requests[request_id].num_computed_tokens
+                for position, slot in self.worker.slots_of(request_id, end):
+                    assert slot.gone == self.expected[request_id].gone_at(position)
+
+    def check_like_stock(self, output: Any, stock: Any) -> None:
+        """With an ample budget, every decision is the one of vLLM without a policy."""
+        assert output.num_scheduled_tokens == stock.num_scheduled_tokens
+        for ours, theirs in zip(output.scheduled_new_reqs, stock.scheduled_new_reqs, strict=True):
+            assert (ours.req_id, ours.block_ids, ours.num_computed_tokens) == (
+                theirs.req_id,
+                theirs.block_ids,
+                theirs.num_computed_tokens,
+            )
+        assert output.scheduled_cached_reqs == stock.scheduled_cached_reqs
+        assert output.finished_req_ids == stock.finished_req_ids
+        assert step_of(output) is None
+        assert self.manager.stats.evicted_blocks == 0
+
+
+@pytest.mark.parametrize("policies", [TIGHT, AMPLE], ids=["tight", "ample"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_schedulers(asynchronous: bool, policies: list[dict[str, Any]], llama: str) -> None:
+    run_state_machine_as_test(
+        lambda: SchedulerMachine(llama, asynchronous, policies),
+        settings=settings(
+            max_examples=int(os.environ.get("EXAMPLES", "60")),
+            stateful_step_count=40,
+            deadline=None,
+            derandomize="EXPLORE" not in os.environ,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
