@@ -68,9 +68,9 @@ def model_card(name: str, run: Path, evaluation: Path | None, context: int, hard
 
 A small English language model that uses its context: {parameters / 1e6:.2f} M parameters in the
 Llama architecture, made by `training/` of this repository for its tests, examples and
-benchmarks. It continues old books and encyclopedia text, copies names and passages from far
-back, and recalls facts asked for at the end of a page. It knows next to nothing of the
-world: use it to measure what a cache keeps, not for its answers.
+benchmarks. It continues old books and encyclopedia text and repeats what stands further back;
+what it gains from that is measured below. It knows next to nothing of the world: use
+it to measure what a cache keeps, not for its answers.
 
 | | |
 |---|---|
@@ -107,8 +107,8 @@ world: use it to measure what a cache keeps, not for its answers.
             f"""## Evaluation
 
 Held-out texts: the WikiText-2 test split and two books of the PG-19 test split (10146,
-10321). Perplexity per token of this tokenizer, in adjacent windows with BOS in front, with the
-full context and with a mask that lets a token look at the first 4 and the last 256 tokens;
+10321), from their beginning, as many tokens as shown. Perplexity per token of this
+tokenizer, in adjacent windows with BOS in front, with the full context and with a mask that lets a token look at the first 4 and the last 256 tokens;
 the last column counts only the tokens with at least 260 tokens in front (full / masked).
 
 {text_table(results)}
