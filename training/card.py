@@ -107,9 +107,10 @@ it to measure what a cache keeps, not for its answers.
             f"""## Evaluation
 
 Held-out texts: the WikiText-2 test split and two books of the PG-19 test split (10146,
-10321), from their beginning, as many tokens as shown. Perplexity per token of this
-tokenizer, in adjacent windows with BOS in front, with the full context and with a mask that lets a token look at the first 4 and the last 256 tokens;
-the last column counts only the tokens with at least 260 tokens in front (full / masked).
+10321), from their beginning, as many tokens as shown. Perplexity per token of this tokenizer,
+in adjacent windows with BOS in front: with the full context, and with a mask that lets a
+token look at the first 4 and the last 256 tokens. The last column counts only the tokens with
+at least 260 tokens in front (full / masked).
 
 {text_table(results)}
 
