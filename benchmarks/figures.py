@@ -24,6 +24,7 @@ BASE = {
     "skip_tokenizer_init": True,
     "hf_overrides": {"max_position_embeddings": 8192},
     "enforce_eager": True,
+    "kv_cache_memory_bytes": 512 << 20,
 }
 """Speed does not depend on what the weights say, so the shape of a model is enough."""
 
@@ -58,7 +59,7 @@ def run(model: str = str(MODEL), rounds: int = 5, out: Path = RESULTS / "figures
 def no_eviction(model: str, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
     """Throughput with a budget that is never reached, over stock vLLM's."""
     prompts = random_tokens(32, 128)
-    kwargs = BASE | {"max_model_len": 1024, "kv_cache_memory_bytes": 256 << 20}
+    kwargs = BASE | {"max_model_len": 1024}
     with (
         engine(model, **kwargs) as stock,
         engine(model, SEMANTIC, {"semantic_tokens": 4096}, **kwargs) as policy,
@@ -113,7 +114,7 @@ def decode_cost(model: str, rounds: int) -> tuple[dict[str, float], dict[str, An
     prompts = {
         length: random_tokens(num_requests, length - num_steps // 2) for length in (512, 4096)
     }
-    kwargs = BASE | {"max_model_len": 8192, "kv_cache_memory_bytes": 512 << 20}
+    kwargs = BASE | {"max_model_len": 8192}
     with engine(model, **kwargs) as stock, engine(model, SEMANTIC, **kwargs) as policy:
         times: dict[str, list[float]] = {}
         for length, tokens in prompts.items():
