@@ -125,19 +125,12 @@ def check_block_size(policy: KVPolicy, block_size: int) -> None:
     """
     if not policy.bounded:
         return
-    for option, tokens in policy_parts(policy).items():
-        if tokens and block_size > tokens:
+    for option, tokens in policy.parts().items():
+        if option != "sink_tokens" and 0 < tokens < block_size:
             raise ValueError(
                 f"--block-size {block_size} is too coarse for {CONFIG_FLAG}.{option} {tokens}; "
                 f"allowed: a block size of at most {tokens}, or {option} of at least {block_size}"
             )
-
-
-def policy_parts(policy: KVPolicy) -> dict[str, int]:
-    """The parts of a budget that block rounding must respect, by option name."""
-    return {
-        option: getattr(policy, option) for option in policy.options() if option != "sink_tokens"
-    }
 
 
 def describe(policy: KVPolicy, block_size: int) -> str:
@@ -145,7 +138,7 @@ def describe(policy: KVPolicy, block_size: int) -> str:
     if not policy.bounded:
         return f"KV policy {policy.name}: every block is kept"
     parts = " + ".join(
-        f"{option.removesuffix('_tokens')} {getattr(policy, option)}" for option in policy.options()
+        f"{option.removesuffix('_tokens')} {tokens}" for option, tokens in policy.parts().items()
     )
     total = policy.budget(block_size).total
     return (

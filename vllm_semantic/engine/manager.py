@@ -87,7 +87,7 @@ class SemanticManager(FullAttentionManager):
         Returns:
             At most ``num_new`` tokens.
         """
-        if not self.policy.bounded or num_new <= 1:
+        if not self.policy.bounded:
             return num_new
         num_prompt = request.num_prompt_tokens
         point = next_eviction_point(
@@ -118,14 +118,13 @@ class SemanticManager(FullAttentionManager):
             request: a request of the step.
             num_computed: tokens computed once the step has run.
         """
-        if not self._at_eviction_point(num_computed, request.num_prompt_tokens):
+        request_id = request.request_id
+        if not self._over_budget_at(request_id, num_computed, request.num_prompt_tokens):
             return None
-        state = self._requests.get(request.request_id, RequestBlocks())
-        if self._num_kept_at(request.request_id, num_computed) <= self.budget.total:
-            return None
+        state = self._requests.get(request_id, RequestBlocks())
         kept = state.kept_at(num_computed // self.block_size)
         candidates = list(self.budget.candidates(kept))
-        blocks = self.req_to_blocks[request.request_id]
+        blocks = self.req_to_blocks[request_id]
         self.stats.scored_blocks += len(candidates)
         return ScoreRequest(candidates, [blocks[i].block_id for i in candidates])
 
@@ -160,13 +159,11 @@ class SemanticManager(FullAttentionManager):
                 flight writes the blocks before them.
             num_prompt_tokens: the request's prompt length.
         """
-        if num_prompt_tokens is None or not self._at_eviction_point(
-            processed_computed_tokens, num_prompt_tokens
+        if num_prompt_tokens is None or not self._over_budget_at(
+            request_id, processed_computed_tokens, num_prompt_tokens
         ):
             return
         num_full_blocks = processed_computed_tokens // self.block_size
-        if self._num_kept_at(request_id, processed_computed_tokens) <= self.budget.total:
-            return
         state = self._requests.setdefault(request_id, RequestBlocks())
         kept = state.kept_at(num_full_blocks)
         scores = None
@@ -209,9 +206,14 @@ class SemanticManager(FullAttentionManager):
 
     # -- helpers ----------------------------------------------------------------------
 
-    def _at_eviction_point(self, num_tokens: int, num_prompt_tokens: int) -> bool:
-        return self.policy.bounded and is_eviction_point(
-            num_tokens, num_prompt_tokens, self.block_size, self.prefill_interval
+    def _over_budget_at(self, request_id: str, num_tokens: int, num_prompt_tokens: int) -> bool:
+        """Whether blocks have to go once ``num_tokens`` are computed; cheap where not."""
+        return (
+            self.policy.bounded
+            and is_eviction_point(
+                num_tokens, num_prompt_tokens, self.block_size, self.prefill_interval
+            )
+            and self._num_kept_at(request_id, num_tokens) > self.budget.total
         )
 
     def _num_kept_at(self, request_id: str, num_tokens: int) -> int:

@@ -10,7 +10,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from ..config import capacity, describe
-from ..messages import KVPolicyStep, attach_step, scores_of, step_of
+from ..messages import KVPolicyStep, ScoreRequest, attach_step, scores_of, step_of
 from .manager import SemanticManager
 from .spec import SemanticSpec
 
@@ -50,16 +50,8 @@ class KVPolicyMixin(Scheduler):
         for group_id, manager in self.kv_policy_managers.items():
             if evictions := manager.take_evictions():
                 step.evictions[group_id] = evictions
-            if manager.policy.scores_blocks:
-                asked = {}
-                for request_id in output.num_scheduled_tokens:
-                    request = self.requests[request_id]
-                    # vLLM has already advanced this to the end of the step.
-                    score_request = manager.score_request(request, request.num_computed_tokens)
-                    if score_request is not None:
-                        asked[request_id] = score_request
-                if asked:
-                    step.score_requests[group_id] = asked
+            if manager.policy.scores_blocks and (asked := self._score_requests(manager, output)):
+                step.score_requests[group_id] = asked
         if step.evictions or step.score_requests:
             attach_step(output, step)
         pool = self.kv_cache_manager.block_pool
@@ -84,6 +76,18 @@ class KVPolicyMixin(Scheduler):
                         )
         return super().update_from_output(scheduler_output, model_runner_output)
 
+    def _score_requests(
+        self, manager: SemanticManager, output: SchedulerOutput
+    ) -> dict[str, ScoreRequest]:
+        asked = {}
+        for request_id in output.num_scheduled_tokens:
+            request = self.requests[request_id]
+            # vLLM has already advanced this to the end of the step.
+            score_request = manager.score_request(request, request.num_computed_tokens)
+            if score_request is not None:
+                asked[request_id] = score_request
+        return asked
+
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
@@ -91,6 +95,8 @@ class KVPolicyMixin(Scheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
+        if num_new_tokens <= 1:  # a decode step ends before any point it could run past
+            return num_new_tokens
         for manager in self.kv_policy_managers.values():
             num_new_tokens = manager.clip_to_eviction_point(
                 request, num_computed_tokens, num_new_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from .spec import SemanticSpec, semantic_spec
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+    from vllm.v1.worker.utils import AttentionGroup
 
 
 class ScoredAsyncOutput(AsyncModelRunnerOutput):
@@ -76,9 +78,8 @@ class KVPolicyWorkerMixin(Worker):
         self._block_scorer = BlockScorer(
             self.kv_policy,
             {
-                group_id: self._connect(group_id, group.kv_cache_spec)
-                for group_id, group in enumerate(kv_cache_config.kv_cache_groups)
-                if isinstance(group.kv_cache_spec, SemanticSpec)
+                group_id: self._connect(group_id, attn_groups)
+                for group_id, attn_groups in enumerate(self.model_runner.attn_groups)
             },
         )
 
@@ -87,11 +88,9 @@ class KVPolicyWorkerMixin(Worker):
         step = step_of(scheduler_output) or KVPolicyStep()
         self._apply_evictions(step)
         self._evicted_requests -= scheduler_output.finished_req_ids
-        for builder in self._builders:
-            builder.has_holes = bool(self._evicted_requests)
-        for capture in self._captures:
-            capture.active = bool(step.score_requests)
+        self._switch(bool(self._evicted_requests), bool(step.score_requests))
         output = super().execute_model(scheduler_output)
+        self._switch(False, False)  # a dummy batch has neither holes nor requests to score
         if step.score_requests:
             rows = self.model_runner.input_batch.req_id_to_index
             self._block_scores = self._block_scorer(step.score_requests, rows)
@@ -109,6 +108,12 @@ class KVPolicyWorkerMixin(Worker):
             return ScoredAsyncOutput(output, scores)
         attach_scores(output, scores)
         return output
+
+    def _switch(self, has_holes: bool, scores: bool) -> None:
+        for builder in self._builders:
+            builder.has_holes = has_holes
+        for capture in self._captures:
+            capture.active = scores
 
     def _apply_evictions(self, step: KVPolicyStep) -> None:
         """Write the null block into both of the runner's copies of a request's table.
@@ -132,16 +137,17 @@ class KVPolicyWorkerMixin(Worker):
                     # An expanded null block is the kernel blocks 0, 1, ...
                     table.block_table.np[row, start : start + kernel_blocks] = range(kernel_blocks)
 
-    def _connect(self, group_id: int, spec: SemanticSpec) -> list[ScoredLayers]:
-        """Hook a group's metadata builders and layers up."""
+    def _connect(self, group_id: int, attn_groups: list[AttentionGroup]) -> list[ScoredLayers]:
+        """Hook up the metadata builders and layers of a KV cache group, if under the policy."""
         scored = []
-        for attn_group in self.model_runner.attn_groups[group_id]:
-            layers = list(
-                get_layers_from_vllm_config(
-                    self.vllm_config, Attention, attn_group.layer_names
-                ).values()
-            )
-            kernel_blocks = spec.block_size // layers[0].kv_cache.shape[2]
+        for attn_group in attn_groups:
+            spec = attn_group.kv_cache_spec
+            if not isinstance(spec, SemanticSpec):
+                continue
+            layers = get_layers_from_vllm_config(
+                self.vllm_config, Attention, attn_group.layer_names
+            ).values()
+            kernel_blocks = spec.block_size // next(iter(layers)).kv_cache.shape[2]
             self._kernel_blocks[group_id] = kernel_blocks
             for builder in attn_group.metadata_builders:
                 if not isinstance(builder, CompactingBuilder):
@@ -149,18 +155,19 @@ class KVPolicyWorkerMixin(Worker):
                 builder.num_null_ids = kernel_blocks
                 self._builders.append(builder)
             if self.kv_policy.scores_blocks:
-                scored += self._connect_layers(layers, kernel_blocks)
+                for _, alike in groupby(layers, key=lambda layer: layer.num_heads):
+                    scored += self._connect_layers(list(alike), kernel_blocks)
         return scored
 
     def _connect_layers(self, layers: list[Attention], kernel_blocks: int) -> list[ScoredLayers]:
+        """Give layers of one shape the buffers that their queries go to."""
         first = layers[0]
         places = self._key_places(first)
         scored = []
         for kv_cache in stack_layers([layer.kv_cache for layer in layers]):
-            num_reqs = self.scheduler_config.max_num_seqs
             queries = torch.empty(
                 len(kv_cache),
-                num_reqs,
+                self.scheduler_config.max_num_seqs,
                 first.num_heads,
                 first.head_size,
                 dtype=self.model_config.dtype,

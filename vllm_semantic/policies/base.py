@@ -95,6 +95,10 @@ class KVPolicy(ABC):
         """
         raise TypeError(f"policy {self.name!r} keeps blocks by age and has no score")
 
+    def parts(self) -> dict[str, int]:
+        """The parts of the budget in tokens, by option name."""
+        return {name: getattr(self, name) for name in self.options() if name.endswith("_tokens")}
+
     @classmethod
     def options(cls) -> dict[str, int]:
         """Option names and their defaults."""
