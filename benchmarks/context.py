@@ -24,6 +24,7 @@ def context(model: str, **settings: Any) -> dict[str, Any]:
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),
+            "threads": os.environ.get("OMP_NUM_THREADS", "1 (vLLM's default in one process)"),
             "device": _device(),
             "system": f"{platform.system()} {platform.machine()}",
         },

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -32,7 +33,7 @@ from vllm_semantic import register
 from vllm_semantic.config import policy_from_config
 from vllm_semantic.engine.spec import semantic_spec
 from vllm_semantic.hooks import SCHEDULERS
-from vllm_semantic.messages import step_of
+from vllm_semantic.messages import scores_of, step_of
 
 from .paged import (
     VOCAB_SIZE,
@@ -63,7 +64,9 @@ AMPLE = [
 
 
 @cache
-def vllm_config(model: str, asynchronous: bool, tokens_per_step: int, caching: bool) -> Any:
+def vllm_config(
+    model: str, asynchronous: bool, tokens_per_step: int, long_prompt: int, caching: bool
+) -> Any:
     register()
     config = EngineArgs(
         model=model,
@@ -73,6 +76,7 @@ def vllm_config(model: str, asynchronous: bool, tokens_per_step: int, caching: b
         max_num_seqs=MAX_REQUESTS - 1,
         max_num_batched_tokens=tokens_per_step,
         block_size=32,
+        long_prefill_token_threshold=long_prompt,
         enable_prefix_caching=caching,
     ).create_engine_config()
     # The CPU platform turns it off: what a GPU would have.
@@ -97,8 +101,11 @@ def make_scheduler(cls: type, config: Any, spec: Any, num_blocks: int) -> Any:
 class SchedulerMachine(RuleBasedStateMachine):
     """An engine whose worker is exact and whose users are not."""
 
-    def __init__(self, model: str, asynchronous: bool, policies: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, model: str, asynchronous: bool, policies: list[dict[str, Any]], seen: Counter[str]
+    ) -> None:
         super().__init__()
+        self.seen = seen
         self.model = model
         self.asynchronous = asynchronous
         self.policies = policies
@@ -109,9 +116,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.policy = policy_from_config(data.draw(st.sampled_from(self.policies)))
         self.tokens_per_step = data.draw(st.sampled_from([8, 13, 16, 32]))
         self.caching = data.draw(st.booleans())
-        config = vllm_config(self.model, self.asynchronous, self.tokens_per_step, self.caching)
-        import torch
-
+        config = vllm_config(
+            self.model,
+            self.asynchronous,
+            self.tokens_per_step,
+            data.draw(st.sampled_from([0, 5])),
+            self.caching,
+        )
         full = FullAttentionSpec(
             block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
         )
@@ -171,6 +182,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         request_id = data.draw(st.sampled_from(sorted(self.scheduler.requests)))
         for scheduler in filter(None, (self.stock, self.scheduler)):
             scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+        self.seen["aborted in flight"] += self.requests[request_id].num_in_flight_tokens > 0
         self.check()
 
     @precondition(lambda self: self.asynchronous or not self.in_flight)
@@ -197,10 +209,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.check()
         self.check_step(output)
 
-    @precondition(lambda self: self.in_flight)
+    @precondition(lambda self: len(self.in_flight) == self.max_in_flight)
     @rule()
     def settle(self) -> None:
+        """The engine waits for a step once it has scheduled as many as it may."""
+        self._settle_oldest()
+
+    def _settle_oldest(self) -> None:
         output, stock_output, result = self.in_flight.popleft()
+        self.seen["stale scores"] += sum(
+            self.requests[request_id].num_stale_output_tokens > 0
+            for request_id in scores_of(result).get(0, {})
+        )
         self.scheduler.update_from_output(output, result)
         if self.stock:
             self.stock.update_from_output(stock_output, result)
@@ -210,11 +230,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def run(self, num_steps: int) -> None:
         """The engine's own loop: keep as many steps in flight as there may be."""
         for _ in range(num_steps):
-            if not self.scheduler.has_requests() and not self.in_flight:
+            if not self.scheduler.has_requests():
                 break
-            while self.scheduler.has_requests() and len(self.in_flight) < self.max_in_flight:
+            if len(self.in_flight) < self.max_in_flight:
                 self.schedule()
-            self.settle()
+            else:
+                self.settle()
 
     def teardown(self) -> None:
         """Whatever happened, what is left finishes and the pool is whole."""
@@ -226,7 +247,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.run(1)
         assert not self.scheduler.requests, "requests starve"
         while self.in_flight:
-            self.settle()
+            self._settle_oldest()
         for request_id, request in self.requests.items():
             outputs = list(request.output_token_ids)
             start = len(request.prompt_token_ids)
@@ -252,8 +273,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not set(blocks) & set(protected)
             assert set(blocks) <= set(kept), "evicted twice, or not full"
             self.evicted[request_id][at] = blocks
+            self.seen["evictions"] += 1
         for request_id in resumed:
             self.evicted[request_id] = {}
+        self.seen["steps"] += 1
+        self.seen["resumed"] += len(resumed)
+        self.seen["resumed with a hit"] += sum(
+            n > 0 and request_id in resumed
+            for request_id, n in zip(
+                output.scheduled_cached_reqs.req_ids,
+                output.scheduled_cached_reqs.num_computed_tokens,
+                strict=True,
+            )
+        )
+        self.seen["hits"] += sum(new.num_computed_tokens > 0 for new in output.scheduled_new_reqs)
 
     def processed(self, request_id: str, output: Any) -> int:
         """Settled tokens of a request when the step was scheduled."""
@@ -310,13 +343,22 @@ class SchedulerMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("policies", [TIGHT, AMPLE], ids=["tight", "ample"])
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_schedulers(asynchronous: bool, policies: list[dict[str, Any]], llama: str) -> None:
+    seen: Counter[str] = Counter()
     run_state_machine_as_test(
-        lambda: SchedulerMachine(llama, asynchronous, policies),
+        lambda: SchedulerMachine(llama, asynchronous, policies, seen),
         settings=settings(
-            max_examples=int(os.environ.get("EXAMPLES", "60")),
+            max_examples=300,
             stateful_step_count=40,
             deadline=None,
             derandomize="EXPLORE" not in os.environ,
             suppress_health_check=list(HealthCheck),
         ),
     )
+    # Lives without these would show nothing.
+    common = {"steps": 5000, "hits": 50, "resumed": 50, "resumed with a hit": 5}
+    common["aborted in flight"] = 20
+    if policies is TIGHT:
+        common["evictions"] = 2000
+        if asynchronous:
+            common["stale scores"] = 20
+    assert all(seen[what] >= least for what, least in common.items()), seen
