@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import demo, figures
+from . import demo, figures, readme
 from .context import MODEL, RESULTS
 
 
@@ -25,14 +25,18 @@ def main() -> None:
     task.add_argument("--rounds", type=int, default=5)
     task.add_argument("--out", type=Path, default=RESULTS / "figures.json")
 
+    tasks.add_parser("readme", help="write the README's tables from benchmarks/results")
+
     args = parser.parse_args()
     if args.task == "demo":
         demo.run(
             demo.Settings(args.model, args.num_tokens, args.num_prompt, args.num_documents),
             args.out,
         )
-    else:
+    elif args.task == "figures":
         figures.run(args.model, args.rounds, args.out)
+    else:
+        readme.run()
 
 
 if __name__ == "__main__":

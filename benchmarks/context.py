@@ -29,7 +29,7 @@ def context(model: str, **settings: Any) -> dict[str, Any]:
             "system": f"{platform.system()} {platform.machine()}",
         },
         "versions": {"python": platform.python_version(), **_versions()},
-        "model": model,
+        "model": Path(model).name,
         **settings,
     }
 

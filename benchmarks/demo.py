@@ -88,7 +88,7 @@ def run(settings: Settings, out: Path | None = RESULTS / "demo.json") -> dict[st
                     tokens += sum(len(document) for document in documents)
                     progress.advance(task)
                 rows.append(result | side.stats() | {"tokens_per_second": tokens / seconds})
-    report = {"context": context(settings.model, **vars(settings)), "rows": rows}
+    report = {"context": context(**vars(settings)), "rows": rows}
     console.print(_table(report))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def _perplexity(
 def _table(report: dict[str, Any]) -> Table:
     settings = report["context"]
     table = Table(
-        title=f"{Path(settings['model']).name}, {settings['num_documents']} documents a text of "
+        title=f"{settings['model']}, {settings['num_documents']} documents a text of "
         f"{settings['num_tokens']} tokens, teacher-forced after {settings['num_prompt']}"
     )
     table.add_column("KV policy")

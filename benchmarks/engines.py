@@ -185,13 +185,14 @@ def weight_bytes(model: Any) -> int:
 
     total = 0
     for module in model.modules():
+        own = sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+        if own == 0 and isinstance(module, LinearBase):
+            size = module.input_size_per_partition * module.output_size_per_partition
+            own = size * module.params_dtype.itemsize
+        total += own
         for parameter in module.parameters(recurse=False):
-            total += parameter.nbytes
             for state in getattr(parameter, "bnb_quant_state", {}).values():
                 total += state.absmax.nbytes + state.code.nbytes
-        if isinstance(module, LinearBase) and not list(module.parameters(recurse=False)):
-            size = module.input_size_per_partition * module.output_size_per_partition
-            total += size * module.params_dtype.itemsize
     return total
 
 
