@@ -38,7 +38,7 @@ SCHEDULERS = {
 }
 
 WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_semantic.engine.worker.SemanticCPUWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_semantic.engine.cpu_worker.SemanticCPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": "vllm_semantic.engine.worker.SemanticWorker",
 }
 

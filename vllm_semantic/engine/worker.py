@@ -9,7 +9,6 @@ import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -18,7 +17,7 @@ from ..hooks import wrapped_attention_backends
 from ..messages import BlockScores, KVPolicyStep, attach_scores, step_of
 from .backend import CapturingImpl, CompactingBuilder
 from .capture import QueryCapture
-from .key_cache import KeyCache, cpu_key_places, stack_layers
+from .key_cache import KeyCache, stack_layers
 from .scorer import BlockScorer, ScoredLayers
 from .spec import SemanticSpec, semantic_spec
 
@@ -190,15 +189,3 @@ class KVPolicyWorkerMixin(Worker):
 
 class SemanticWorker(KVPolicyWorkerMixin, Worker):
     """vLLM's GPU worker with a policy."""
-
-
-class SemanticCPUWorker(KVPolicyWorkerMixin, CPUWorker):
-    """vLLM's CPU worker with a policy."""
-
-    def _key_places(self, layer: Attention) -> torch.Tensor:
-        return cpu_key_places(
-            layer.kv_cache.shape[2],
-            layer.head_size,
-            layer.kv_cache.dtype,
-            layer.isa,  # type: ignore[attr-defined]
-        )

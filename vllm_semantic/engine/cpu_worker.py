@@ -1,0 +1,26 @@
+"""vLLM's CPU worker with a policy. A file of its own: GPU machines never import it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from .key_cache import cpu_key_places
+from .worker import KVPolicyWorkerMixin
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.model_executor.layers.attention import Attention
+
+
+class SemanticCPUWorker(KVPolicyWorkerMixin, CPUWorker):
+    """vLLM's CPU worker with a policy."""
+
+    def _key_places(self, layer: Attention) -> torch.Tensor:
+        return cpu_key_places(
+            layer.kv_cache.shape[2],
+            layer.head_size,
+            layer.kv_cache.dtype,
+            layer.isa,  # type: ignore[attr-defined]
+        )
