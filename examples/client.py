@@ -1,0 +1,24 @@
+"""Streams a completion from the server of examples/serve.sh."""
+
+import os
+from pathlib import Path
+
+import openai
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    port = os.environ.get("PORT", "8000")
+    client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none")
+    model = client.models.list().data[0].id
+    book = ROOT / "benchmarks" / "texts" / "books" / "pittsburg-landing.txt"
+    prompt = book.read_text(encoding="utf-8")[:5000]
+    stream = client.completions.create(model=model, prompt=prompt, max_tokens=100, stream=True)
+    for chunk in stream:
+        print(chunk.choices[0].text, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    main()
