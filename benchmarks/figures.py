@@ -96,7 +96,8 @@ def kv_bound(model: str, rounds: int) -> tuple[dict[str, float], dict[str, Any]]
             preemptions[name].append(measured["preemptions"])
             return measured["tokens"] / measured["seconds"]
 
-        speeds = alternate(sides, max(1, rounds // 2), measure)
+        # Minutes a side and thousands of steps: one round, and nothing to warm up.
+        speeds = alternate(sides, max(1, rounds // 4), measure, warm_up=0)
         evicted = policy.stats()["evicted_blocks"]
         assert evicted > 0, "nothing was evicted: the figure would say nothing"
     return (
@@ -144,14 +145,17 @@ def decode_cost(model: str, rounds: int) -> tuple[dict[str, float], dict[str, An
 
 
 def alternate(
-    sides: dict[str, RemoteEngine], rounds: int, measure: Callable[[RemoteEngine], float]
+    sides: dict[str, RemoteEngine],
+    rounds: int,
+    measure: Callable[[RemoteEngine], float],
+    warm_up: int = 1,
 ) -> dict[str, list[float]]:
-    """Let the sides take turns, after a round that only warms up."""
+    """Let the sides take turns, after rounds that only warm up."""
     values: dict[str, list[float]] = {name: [] for name in sides}
-    for i in range(rounds + 1):
+    for i in range(-warm_up, rounds):
         for name, side in sides.items():
             value = measure(side)
-            if i:
+            if i >= 0:
                 values[name].append(value)
     return values
 
