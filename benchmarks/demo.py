@@ -14,7 +14,7 @@ from rich.table import Table
 
 from . import texts
 from .context import MODEL, RESULTS, context
-from .engines import RemoteEngine, engine
+from .engines import engine
 
 NF4 = {"quantization": "bitsandbytes"}
 
@@ -63,7 +63,7 @@ def run(settings: Settings, out: Path | None = RESULTS / "demo.json") -> dict[st
         TimeElapsedColumn(),
         console=console,
     ) as progress:
-        task = progress.add_task("", total=len(ROWS) * (len(corpora) + 1))
+        task = progress.add_task("", total=len(ROWS) * 2)
         for row in ROWS:
             progress.update(task, description=f"{row.title}: starting vLLM")
             with engine(
@@ -77,17 +77,26 @@ def run(settings: Settings, out: Path | None = RESULTS / "demo.json") -> dict[st
                 **({"block_size": 32} if row.policy == "full" else {}),
                 **row.engine_kwargs,
             ) as side:
+                progress.update(task, advance=1, description=f"{row.title}: reading")
+                measured = side.nll(
+                    [document for documents in corpora.values() for document in documents],
+                    settings.num_prompt,
+                )
+                losses = iter(measured["nll"])
+                perplexity = {
+                    name: _perplexity([next(losses) for _ in documents])
+                    for name, documents in corpora.items()
+                }
+                num_tokens = settings.num_tokens * sum(map(len, corpora.values()))
+                rows.append(
+                    {
+                        "row": row.title,
+                        "perplexity": perplexity,
+                        "tokens_per_second": num_tokens / measured["seconds"],
+                    }
+                    | side.stats()
+                )
                 progress.advance(task)
-                result: dict[str, Any] = {"row": row.title, "perplexity": {}}
-                seconds, tokens = 0.0, 0
-                for name, documents in corpora.items():
-                    progress.update(task, description=f"{row.title}: {name}")
-                    perplexity, measured = _perplexity(side, documents, settings)
-                    result["perplexity"][name] = perplexity
-                    seconds += measured["seconds"]
-                    tokens += sum(len(document) for document in documents)
-                    progress.advance(task)
-                rows.append(result | side.stats() | {"tokens_per_second": tokens / seconds})
     report = {"context": context(**vars(settings)), "rows": rows}
     console.print(_table(report))
     if out is not None:
@@ -96,12 +105,9 @@ def run(settings: Settings, out: Path | None = RESULTS / "demo.json") -> dict[st
     return report
 
 
-def _perplexity(
-    side: RemoteEngine, documents: list[list[int]], settings: Settings
-) -> tuple[float, dict[str, Any]]:
-    measured = side.nll(documents, settings.num_prompt)
-    losses = [loss for document in measured["nll"] for loss in document]
-    return math.exp(sum(losses) / len(losses)), measured
+def _perplexity(documents: list[list[float]]) -> float:
+    losses = [loss for document in documents for loss in document]
+    return math.exp(sum(losses) / len(losses))
 
 
 def _table(report: dict[str, Any]) -> Table:

@@ -25,6 +25,7 @@ class EngineSide:
             logits_processors=[ForcedText],
             enable_prefix_caching=False,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             **kwargs,
         )
         core = self.llm.llm_engine.engine_core.engine_core
@@ -184,13 +185,16 @@ def weight_bytes(model: Any) -> int:
     from vllm.model_executor.layers.linear import LinearBase
 
     total = 0
+    seen: set[int] = set()  # tied weights count once
     for module in model.modules():
-        own = sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+        parameters = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen |= {id(parameter) for parameter in parameters}
+        own = sum(parameter.nbytes for parameter in parameters)
         if own == 0 and isinstance(module, LinearBase):
             size = module.input_size_per_partition * module.output_size_per_partition
             own = size * module.params_dtype.itemsize
         total += own
-        for parameter in module.parameters(recurse=False):
+        for parameter in parameters:
             for state in getattr(parameter, "bnb_quant_state", {}).values():
                 total += state.absmax.nbytes + state.code.nbytes
     return total
