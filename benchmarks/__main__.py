@@ -22,7 +22,7 @@ def main() -> None:
 
     task = tasks.add_parser("figures", help="stock vLLM against the policy, with ratios")
     task.add_argument("--model", default=str(MODEL))
-    task.add_argument("--rounds", type=int, default=5)
+    task.add_argument("--rounds", type=int, default=4)
     task.add_argument("--out", type=Path, default=RESULTS / "figures.json")
 
     tasks.add_parser("readme", help="write the README's tables from benchmarks/results")

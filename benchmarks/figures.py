@@ -29,7 +29,7 @@ BASE = {
 """Speed does not depend on what the weights say, so the shape of a model is enough."""
 
 
-def run(model: str = str(MODEL), rounds: int = 5, out: Path = RESULTS / "figures.json") -> None:
+def run(model: str = str(MODEL), rounds: int = 4, out: Path = RESULTS / "figures.json") -> None:
     """Measure every figure afresh and write them with their context."""
     console = Console()
     figures: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def no_eviction(model: str, rounds: int) -> tuple[dict[str, float], dict[str, An
         engine(model, SEMANTIC, {"semantic_tokens": 4096}, **kwargs) as policy,
     ):
         sides = {"stock": stock, "semantic": policy}
-        speeds = alternate(sides, rounds, lambda side: tokens_per_second(side, prompts, 256))
+        speeds = alternate(sides, 3 * rounds, lambda side: tokens_per_second(side, prompts, 256))
         assert policy.stats()["evicted_blocks"] == 0
     return {"no_eviction_throughput_ratio": ratio(speeds, "semantic", "stock")}, speeds
 

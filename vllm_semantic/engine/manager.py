@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,8 @@ class SemanticManager(FullAttentionManager):
         self.policy = kv_cache_spec.policy
         self.budget = kv_cache_spec.budget
         self.prefill_interval = kv_cache_spec.prefill_interval
+        # Every eviction point but a prompt's end is a multiple of this.
+        self._point_spacing = math.gcd(self.block_size, self.prefill_interval)
         self.stats = EvictionStats()
         self._requests: dict[str, RequestBlocks] = {}
         self._evictions: dict[str, BlockIndices] = {}
@@ -207,7 +210,12 @@ class SemanticManager(FullAttentionManager):
     # -- helpers ----------------------------------------------------------------------
 
     def _over_budget_at(self, request_id: str, num_tokens: int, num_prompt_tokens: int) -> bool:
-        """Whether blocks have to go once ``num_tokens`` are computed; cheap where not."""
+        """Whether blocks have to go once ``num_tokens`` are computed.
+
+        Asked for every request in every step: the first line answers almost always.
+        """
+        if num_tokens % self._point_spacing and num_tokens != num_prompt_tokens:
+            return False
         return (
             self.policy.bounded
             and is_eviction_point(

@@ -92,11 +92,11 @@ class KVPolicyMixin(Scheduler):
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         """End a chunk at the request's next eviction point; vLLM's last word on its size."""
+        if num_new_tokens <= 1:  # nothing to shorten; vLLM reserves for drafts only
+            return max(num_new_tokens, 0)
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        if num_new_tokens <= 1:  # a decode step ends before any point it could run past
-            return num_new_tokens
         for manager in self.kv_policy_managers.values():
             num_new_tokens = manager.clip_to_eviction_point(
                 request, num_computed_tokens, num_new_tokens
