@@ -265,6 +265,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         step = step_of(output)
         resumed = output.scheduled_cached_reqs.resumed_req_ids
         for request_id, blocks in (step.evictions.get(0, {}) if step else {}).items():
+            assert self.requests[request_id].status == RequestStatus.RUNNING
             assert request_id not in resumed
             at = self.processed(request_id, output)
             budget = self.spec.budget
