@@ -24,6 +24,7 @@ def main() -> None:
     task.add_argument("--model", default=str(MODEL))
     task.add_argument("--rounds", type=int, default=4)
     task.add_argument("--out", type=Path, default=RESULTS / "figures.json")
+    task.add_argument("--only", action="append", help="measure this task alone; repeatable")
 
     tasks.add_parser("readme", help="write the README's tables from benchmarks/results")
 
@@ -34,7 +35,7 @@ def main() -> None:
             args.out,
         )
     elif args.task == "figures":
-        figures.run(args.model, args.rounds, args.out)
+        figures.run(args.model, args.rounds, args.out, args.only)
     else:
         readme.run()
 
