@@ -1,0 +1,361 @@
+"""The block manager alone, on vLLM's own pool: a scheduler that makes mistakes with scores."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_semantic.engine.manager import SemanticManager
+from vllm_semantic.engine.spec import SemanticSpec
+from vllm_semantic.messages import ScoreRequest
+from vllm_semantic.policies import KVPolicy, SemanticPolicy, StreamingPolicy
+
+from .paged import PrefixOfHash, Slot, Tokens, check_pool, check_pool_whole
+
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 80
+MAX_REQUESTS = 5
+MAX_IN_FLIGHT = 2
+
+POLICIES: list[KVPolicy] = [
+    StreamingPolicy(sink_tokens=4, recent_tokens=8),
+    SemanticPolicy(sink_tokens=4, recent_tokens=8, semantic_tokens=8),
+    SemanticPolicy(sink_tokens=0, recent_tokens=4, semantic_tokens=4),
+    SemanticPolicy(sink_tokens=5, recent_tokens=7, semantic_tokens=13),
+]
+
+
+@dataclass
+class Life:
+    """A request, and what is known of it that the manager is not told."""
+
+    request: Request
+    tokens: Tokens
+    spans: list[tuple[int, ScoreRequest | None]] = field(default_factory=list)
+    """Steps in flight, oldest first: tokens of each and what it was asked to score."""
+    gone: set[int] = field(default_factory=set)
+    """Logical blocks evicted since the request last started over."""
+    old_asks: list[ScoreRequest] = field(default_factory=list)
+    """Score requests that were answered before, or never will be."""
+
+    @property
+    def end(self) -> int:
+        """Tokens computed once everything in flight has been."""
+        return self.request.num_computed_tokens
+
+    @property
+    def processed(self) -> int:
+        """Tokens of settled steps."""
+        return self.request.num_computed_tokens - self.request.num_in_flight_tokens
+
+
+class ManagerMachine(RuleBasedStateMachine):
+    """Requests come, grow, are preempted and go; scores come late, twice, or not at all."""
+
+    def __init__(self, seen: Counter[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    @initialize(data=st.data())
+    def start(self, data: st.DataObject) -> None:
+        self.policy = data.draw(st.sampled_from(POLICIES))
+        self.interval = data.draw(st.sampled_from([8, 11, 16]))
+        self.caching = data.draw(st.booleans())
+        spec = SemanticSpec(
+            block_size=BLOCK_SIZE,
+            num_kv_heads=1,
+            head_size=32,
+            dtype=torch.float32,
+            policy=self.policy,
+            prefill_interval=self.interval,
+            max_in_flight_tokens=MAX_IN_FLIGHT * self.interval,
+        )
+        num_blocks = data.draw(st.integers(12, 60))
+        self.kv_cache_manager = KVCacheManager(
+            KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            max_model_len=MAX_MODEL_LEN,
+            scheduler_block_size=BLOCK_SIZE,
+            hash_block_size=BLOCK_SIZE,
+            enable_caching=self.caching,
+        )
+        self.pool = self.kv_cache_manager.block_pool
+        (self.manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        assert type(self.manager) is SemanticManager
+        init_none_hash(sha256)
+        self.lives: dict[str, Life] = {}
+        self.prompts: list[Tokens] = []
+        self.cache: dict[int, dict[int, Slot]] = {}
+        self.hashes = PrefixOfHash(BLOCK_SIZE)
+
+    def draw_life(self, data: st.DataObject, running: bool | None = None) -> Life:
+        names = [
+            name
+            for name, life in self.lives.items()
+            if running is None or running == (life.request.status == RequestStatus.RUNNING)
+        ]
+        return self.lives[data.draw(st.sampled_from(sorted(names)))]
+
+    def some(self, status: RequestStatus) -> bool:
+        return any(life.request.status == status for life in self.lives.values())
+
+    # -- requests come and go ----------------------------------------------------------
+
+    @precondition(lambda self: len(self.lives) < MAX_REQUESTS)
+    @rule(data=st.data())
+    def add(self, data: st.DataObject) -> None:
+        shared: list[int] = []
+        if self.prompts and data.draw(st.booleans()):
+            earlier = data.draw(st.sampled_from(self.prompts))
+            shared = earlier.first(data.draw(st.integers(1, MAX_MODEL_LEN - 2)))
+        length = data.draw(st.integers(max(1, len(shared)), MAX_MODEL_LEN - 1))
+        seed = data.draw(st.integers(0, 20))
+        tokens = Tokens(shared + [(seed * 31 + i) % 97 for i in range(length - len(shared))])
+        name = f"r{len(self.prompts)}"
+        self.prompts.append(tokens)
+        params = SamplingParams(max_tokens=MAX_MODEL_LEN - length, ignore_eos=True)
+        hasher = get_request_block_hasher(BLOCK_SIZE, sha256) if self.caching else None
+        request = Request(name, tokens.prompt, params, None, block_hasher=hasher)
+        self.lives[name] = Life(request, tokens)
+
+    @precondition(lambda self: self.some(RequestStatus.RUNNING))
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        """As vLLM does: everything is freed, also what a step in flight still writes."""
+        life = self.draw_life(data, running=True)
+        self.kv_cache_manager.free(life.request)
+        life.request.status = RequestStatus.PREEMPTED
+        life.request.num_computed_tokens = 0
+        # The scheduler waits for what is in flight, and ignores its scores.
+        life.old_asks += [asked for _, asked in life.spans if asked]
+        life.request.num_in_flight_tokens = 0
+        life.spans, life.gone = [], set()
+        self.seen["preempted"] += 1
+        self.check()
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        """Finished or aborted, computed or not: the manager cannot tell."""
+        life = self.draw_life(data)
+        self.kv_cache_manager.free(life.request)
+        del self.lives[life.request.request_id]
+        self.check()
+
+    @rule()
+    def reset(self) -> None:
+        """Only while nothing is held, which is when vLLM agrees to."""
+        idle = not any(self.manager.req_to_blocks.values())
+        assert self.kv_cache_manager.reset_prefix_cache() == idle
+        if idle:
+            assert not any(block.block_hash for block in self.pool.blocks)
+
+    # -- steps -------------------------------------------------------------------------
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data(), obedient=st.booleans())
+    def step(self, data: st.DataObject, obedient: bool) -> None:
+        """Schedule one step of one request, with or without minding its eviction points."""
+        life = self.draw_life(data)
+        if len(life.spans) < MAX_IN_FLIGHT:
+            self._step(life, data.draw(st.integers(1, self.interval)), obedient)
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data(), num_steps=st.integers(2, 40), lag=st.integers(0, MAX_IN_FLIGHT - 1))
+    def run(self, data: st.DataObject, num_steps: int, lag: int) -> None:
+        """Many steps as a scheduler takes them, up to ``lag`` of them in flight."""
+        life = self.draw_life(data)
+        for _ in range(num_steps):
+            if len(life.spans) < MAX_IN_FLIGHT and not self._step(life, self.interval, True):
+                break
+            while len(life.spans) > lag:
+                self._settle(life, [True])
+
+    def _step(self, life: Life, num_new: int, obedient: bool) -> bool:
+        request, hit, num_hit = life.request, None, 0
+        if request.status != RequestStatus.RUNNING:
+            hit, num_hit, _ = self.kv_cache_manager.get_computed_blocks(request)
+            limit = self.manager.max_prefix_hit_tokens(request)
+            assert limit is not None
+            num_hit = min(num_hit, limit)
+            hit = self.kv_cache_manager.truncate_computed_blocks(hit, num_hit)
+        start = request.num_computed_tokens + num_hit
+        # With a step in flight, the token it will sample is a placeholder.
+        known = request.num_tokens if start < request.num_tokens else start + 1
+        num_new = min(num_new, known - start, MAX_MODEL_LEN - start)
+        if num_new <= 0:
+            return False
+        if obedient:
+            num_new = self.manager.clip_to_eviction_point(request, start, num_new)
+            assert num_new > 0
+        before = self._table(life)
+        new_blocks = self.kv_cache_manager.allocate_slots(
+            request, num_new, num_new_computed_tokens=num_hit, new_computed_blocks=hit
+        )
+        evicted = self.manager.take_evictions().pop(request.request_id, [])
+        self._check_evicted(life, before, evicted, num_hit)
+        if new_blocks is None:
+            self.seen["full pool"] += 1
+            self.check()
+            return False
+        self.seen["hits"] += num_hit > 0
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = start + num_new
+        request.num_in_flight_tokens += num_new
+        self._write(life, start)
+        asked = None
+        if self.policy.scores_blocks:
+            asked = self.manager.score_request(request, request.num_computed_tokens)
+            self._check_asked(life, asked)
+        life.spans.append((num_new, asked))
+        self.seen["steps"] += 1
+        self.check()
+        return True
+
+    @precondition(lambda self: any(life.spans for life in self.lives.values()))
+    @rule(data=st.data(), answers=st.sampled_from([[True], [True, True], [False], [False, True]]))
+    def settle(self, data: st.DataObject, answers: list[bool]) -> None:
+        """The oldest step returns: with its scores, with them twice, without, or with old ones."""
+        busy = sorted(name for name, life in self.lives.items() if life.spans)
+        self._settle(self.lives[data.draw(st.sampled_from(busy))], answers)
+
+    def _settle(self, life: Life, answers: list[bool]) -> None:
+        num_tokens, asked = life.spans.pop(0)
+        request = life.request
+        request.num_in_flight_tokens -= num_tokens
+        for fresh in answers if asked else []:
+            if fresh:
+                self._answer(life, asked)
+            elif life.old_asks:
+                self._answer(life, life.old_asks[-1])
+        if asked:
+            life.old_asks.append(asked)
+        if life.processed >= request.num_tokens:
+            request.append_output_token_ids(life.tokens[request.num_tokens])
+        self.check()
+
+    @precondition(lambda self: any(life.old_asks for life in self.lives.values()))
+    @rule(data=st.data())
+    def stale_scores(self, data: st.DataObject) -> None:
+        """Scores of a step long gone, perhaps of a life before a preemption."""
+        names = sorted(name for name, life in self.lives.items() if life.old_asks)
+        life = self.lives[data.draw(st.sampled_from(names))]
+        self._answer(life, data.draw(st.sampled_from(life.old_asks)))
+        self.seen["stale scores"] += 1
+        self.check()
+
+    def _answer(self, life: Life, asked: ScoreRequest) -> None:
+        scores = [life.tokens.score(1 + life.processed, i) for i in asked.block_indices]
+        self.manager.record_scores(life.request.request_id, asked, scores)
+
+    # -- what must hold ----------------------------------------------------------------
+
+    def _table(self, life: Life) -> list[int]:
+        return [b.block_id for b in self.manager.req_to_blocks.get(life.request.request_id, [])]
+
+    def _check_evicted(
+        self, life: Life, before: list[int], evicted: list[int], num_hit: int
+    ) -> None:
+        """Only full, settled blocks that were held; never the sink, never the recent ones."""
+        num_full = (life.processed + num_hit) // BLOCK_SIZE
+        kept = [i for i in range(num_full) if i not in life.gone]
+        budget = self.manager.budget
+        assert evicted == sorted(set(evicted))
+        assert set(evicted) <= set(budget.candidates(kept))
+        assert not evicted or len(kept) - len(evicted) == budget.total, "not one too many"
+        life.gone |= set(evicted)
+        table = self._table(life)
+        for i, block_id in enumerate(before):
+            assert table[i] == (0 if i in life.gone else block_id), "a kept block moved"
+        if evicted:
+            self.seen["evictions"] += 1
+            assert self.manager._requests[life.request.request_id].kept == [
+                i for i in kept if i not in life.gone
+            ]
+
+    def _write(self, life: Life, start: int) -> None:
+        """What the step will leave in the cache: exact only if it sees every block."""
+        table, gone = self._table(life), frozenset(life.gone)
+        for position in range(start, life.request.num_computed_tokens):
+            block_id = table[position // BLOCK_SIZE]
+            assert block_id != 0
+            slots = self.cache.setdefault(block_id, {})
+            slots[position % BLOCK_SIZE] = Slot(life.tokens.prefix(position), gone)
+
+    def _check_asked(self, life: Life, asked: ScoreRequest | None) -> None:
+        if asked is None:
+            return
+        table = self._table(life)
+        kept = [i for i, b in enumerate(table) if b and (i + 1) * BLOCK_SIZE <= life.end]
+        assert asked.block_indices == list(self.manager.budget.candidates(kept))
+        assert asked.block_ids == [table[i] for i in asked.block_indices]
+
+    def check(self) -> None:
+        tables = dict(self.manager.req_to_blocks)
+        check_pool(self.pool, tables)
+        assert not self.manager._evictions, "evictions that no step has told"
+        assert self.manager._requests.keys() <= tables.keys()
+        for name, state in self.manager._requests.items():
+            assert state.kept == sorted(set(state.kept))
+            assert not set(state.kept) & self.lives[name].gone
+        for name, life in self.lives.items():
+            self.hashes.learn(life.request, life.tokens)
+            table = tables.get(name, [])
+            held = [i for i, block in enumerate(table) if not block.is_null]
+            assert len(held) == self.manager.num_kept_blocks(name)
+            assert {i for i, block in enumerate(table) if block.is_null} == life.gone
+            for i in held:
+                # Nobody else has written into a block that is held.
+                for offset in range(min(BLOCK_SIZE, life.end - i * BLOCK_SIZE)):
+                    slot = self.cache[table[i].block_id][offset]
+                    assert slot.prefix == life.tokens.prefix(i * BLOCK_SIZE + offset)
+        self.seen["shared"] += self.hashes.check_cached_blocks(self.pool, self.cache)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "kv_cache_manager"):
+            return
+        for life in self.lives.values():
+            self.kv_cache_manager.free(life.request)
+        check_pool_whole(self.manager)
+
+
+def test_manager() -> None:
+    seen: Counter[str] = Counter()
+    run_state_machine_as_test(
+        partial(ManagerMachine, seen),
+        settings=settings(
+            max_examples=500,
+            stateful_step_count=40,
+            deadline=None,
+            derandomize="EXPLORE" not in os.environ,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    least = {
+        "steps": 5000,
+        "evictions": 500,
+        "hits": 100,
+        "preempted": 100,
+        "full pool": 30,
+        "stale scores": 50,
+        "shared": 1000,
+    }
+    assert all(seen[what] >= n for what, n in least.items()), seen
