@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from . import interpreter
+
 # Engines run in the test process: a start takes seconds, and tests can look inside.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+if interpreter.wanted():
+    interpreter.install()
+else:
+    collect_ignore = ["interpreted"]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models here are too small to share

@@ -9,6 +9,8 @@ from typing import Any
 
 from vllm_semantic.messages import step_of
 
+from . import interpreter
+
 
 @dataclass
 class Trace:
@@ -50,6 +52,9 @@ def engine(model: str, *, policy: str | None = None, **kwargs: Any) -> Iterator[
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
     }
+    if interpreter.wanted():
+        interpreter.allow_async_scheduling()
+        defaults |= {"distributed_executor_backend": "uni", "async_scheduling": True}
     llm = LLM(model, kv_policy=policy, **(defaults | kwargs))
     try:
         _follow(llm)

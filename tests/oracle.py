@@ -34,6 +34,8 @@ class Case:
     dtype: str = "float32"
     forced: dict[int, list[int]] | None = None
     """Apply these evictions and only say how far each is from the best choice."""
+    eviction_delay: int = 0
+    """Tokens after each eviction that still see the blocks: 1 under asynchronous scheduling."""
 
 
 @dataclass
@@ -149,7 +151,9 @@ class Oracle:
                 verdict.evictions[point], verdict.margins[point] = evicted, margin
                 alive -= set(evicted)
                 for block in evicted:
-                    self.mask[point:, block * size : (block + 1) * size] = False
+                    self.mask[point + case.eviction_delay :, block * size : (block + 1) * size] = (
+                        False
+                    )
             logprobs = torch.log_softmax(self._forward(ids, total).double(), -1)
         for position in range(case.num_prompt_tokens, total):
             row = logprobs[position - 1]

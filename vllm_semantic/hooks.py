@@ -172,10 +172,6 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
     parallel = vllm_config.parallel_config
     cache_dtype = vllm_config.cache_config.cache_dtype
     checks = {
-        "Model Runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
-        f"--tensor-parallel-size {parallel.tensor_parallel_size} (allowed: 1)": (
-            parallel.tensor_parallel_size > 1
-        ),
         f"--pipeline-parallel-size {parallel.pipeline_parallel_size} (allowed: 1)": (
             parallel.pipeline_parallel_size > 1
         ),

@@ -13,6 +13,9 @@ BlockIndices = list[int]
 class ScoreRequest:
     """Asks for scores of one request's candidate blocks. Written by the block manager."""
 
+    num_tokens: int
+    """The eviction point that the scores are for: tokens computed once the step has run."""
+
     block_indices: BlockIndices
     """Logical indices: how the manager reads the answer."""
 

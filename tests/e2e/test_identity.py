@@ -11,6 +11,7 @@ from vllm import SamplingParams
 
 from vllm_semantic.hooks import SCHEDULERS
 
+from .. import interpreter
 from ..engines import engine, manager_of, scheduler_of
 from ..models import random_prompts
 
@@ -64,9 +65,13 @@ def test_policy_runs_where_it_says(llama: str) -> None:
     with engine(llama, policy="semantic") as llm:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         scheduler = scheduler_of(llm)
-        assert f"{type(scheduler).__module__}.{type(scheduler).__name__}" == SCHEDULERS[False]
+        v2 = interpreter.wanted()
+        assert f"{type(scheduler).__module__}.{type(scheduler).__name__}" == SCHEDULERS[v2]
         assert type(worker).__name__ == "SemanticCPUWorker"
-        assert type(worker.model_runner).__name__ == "CPUModelRunner"
+        assert type(worker.model_runner).__module__ == (
+            "vllm.v1.worker.cpu.model_runner" if v2 else "vllm.v1.worker.cpu_model_runner"
+        )
+        assert worker.runner_access.name == ("V2" if v2 else "V1")
         (group,) = worker.model_runner.attn_groups[0]
         assert group.backend.__module__ == "vllm_semantic.engine.backend"
         assert type(group.metadata_builders[0]).__name__ == "SemanticCPUAttentionMetadataBuilder"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
+from .. import interpreter
 from ..engines import engine, reset_trace, scheduler_of
 from ..models import random_prompts
 
@@ -60,8 +61,10 @@ def test_with_a_cached_prefix(alone: Result, llama: str) -> None:
 
 def test_after_preemption(alone: Result, llama: str) -> None:
     """A request that lost everything and starts over ends where it would have ended."""
+    # Too few for all, and scheduling ahead keeps the tokens of two steps in flight.
+    num_blocks = 42 if interpreter.wanted() else 34
     with engine(
-        llama, policy="semantic", kv_policy_config=OPTIONS, num_gpu_blocks_override=34
+        llama, policy="semantic", kv_policy_config=OPTIONS, num_gpu_blocks_override=num_blocks
     ) as llm:
         results = run(llm, PROMPTS)
         assert llm.trace.num_preemptions > 0

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
+from .. import interpreter
 from ..engines import engine, scheduler_of
 from ..models import random_prompts
 from ..oracle import Case, judge
@@ -51,6 +52,7 @@ def test_engine_agrees_with_oracle(
                     num_prompt_tokens=len(prompt["prompt_token_ids"]),
                     block_size=block_size,
                     prefill_interval=512,
+                    eviction_delay=int(interpreter.wanted()),
                     **options,
                 )
             )
@@ -68,8 +70,9 @@ def assert_only_full_attention(llm: Any, hybrid: bool) -> None:
 
 
 def assert_agrees(case: Case, trace: dict[int, list[int]], answer: Any, verdict: Any) -> None:
-    assert trace == verdict.evictions
     assert trace, "nothing was evicted: the case shows nothing"
+    expected = {point + case.eviction_delay: gone for point, gone in verdict.evictions.items()}
+    assert trace == expected
     for position, (logprobs, expected, greedy, gap) in enumerate(
         zip(answer.logprobs, verdict.logprobs, verdict.greedy, verdict.gaps, strict=True)
     ):

@@ -267,7 +267,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request_id, blocks in (step.evictions.get(0, {}) if step else {}).items():
             assert self.requests[request_id].status == RequestStatus.RUNNING
             assert request_id not in resumed
-            at = self.processed(request_id, output)
+            at = self.start_of(request_id, output) - self.spec.eviction_delay
+            assert at <= self.processed(request_id), "a step in flight reads these blocks"
             budget = self.spec.budget
             kept = sorted(set(range(at // BLOCK_SIZE)) - self.gone(request_id))
             protected = kept[: budget.sink] + kept[len(kept) - budget.recent :]
@@ -289,7 +290,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.seen["hits"] += sum(new.num_computed_tokens > 0 for new in output.scheduled_new_reqs)
 
-    def processed(self, request_id: str, output: Any) -> int:
+    def start_of(self, request_id: str, output: Any) -> int:
+        """The first token of a request's chunk; vLLM has already advanced the count."""
+        end: int = self.requests[request_id].num_computed_tokens
+        return end - int(output.num_scheduled_tokens[request_id])
+
+    def processed(self, request_id: str) -> int:
         """Settled tokens of a request when the step was scheduled."""
         request = self.requests[request_id]
         # Both counters have been advanced by the step's tokens.
@@ -318,13 +324,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert held == self.manager.num_kept_blocks(request_id)
             if self.spec.max_admission_blocks is not None:
                 assert held <= self.spec.max_admission_blocks
-            due = self.expected[request_id].until(max(0, self.processed(request_id, output)))
+            delay = self.spec.eviction_delay
+            start = self.start_of(request_id, output)
+            due = self.expected[request_id].until(max(0, start - delay))
             assert self.evicted[request_id] == due, request_id
-            if not self.asynchronous:
-                # Nor does it matter how the prompt was cut into chunks.
-                end = self.requests[request_id].num_computed_tokens
-                for position, slot in self.worker.slots_of(request_id, end):
-                    assert slot.gone == self.expected[request_id].gone_at(position)
+            # Nor does it matter how the prompt was cut into chunks, or when scores came.
+            end = self.requests[request_id].num_computed_tokens
+            for position, slot in self.worker.slots_of(request_id, end):
+                assert slot.gone == self.expected[request_id].gone_at(max(0, position - delay))
 
     def check_like_stock(self, output: Any, stock: Any) -> None:
         """With an ample budget, every decision is the one of vLLM without a policy."""

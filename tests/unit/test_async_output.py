@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
+from vllm_semantic.engine.scorer import PendingScores
 from vllm_semantic.engine.worker import ScoredAsyncOutput
-from vllm_semantic.messages import scores_of
+from vllm_semantic.messages import ScoreRequest, scores_of
 
 
 class SlowOutput(AsyncModelRunnerOutput):
@@ -21,11 +23,12 @@ class SlowOutput(AsyncModelRunnerOutput):
 
 def test_collecting_waits_once_and_brings_the_scores() -> None:
     slow = SlowOutput()
-    scores = {0: {"a": [0.5, 0.25]}}
-    scored = ScoredAsyncOutput(slow, scores)
+    asked = {0: {"a": ScoreRequest(64, [1, 2], [7, 8])}}
+    pending = PendingScores(asked, {0: torch.tensor([0.5, 0.25])}, copy_stream=None)
+    scored = ScoredAsyncOutput(slow, pending)
     assert isinstance(scored, AsyncModelRunnerOutput)
     assert slow.num_collected == 0, "a step must not be waited for before it is asked for"
     output = scored.get_output()
     assert slow.num_collected == 1
     assert output == SlowOutput().get_output()
-    assert scores_of(output) == scores
+    assert scores_of(output) == {0: {"a": [0.5, 0.25]}}

@@ -1,4 +1,7 @@
-"""Block tables without holes, against a loop over rows."""
+"""Block tables without holes, against a loop over rows.
+
+In a process with Triton's interpreter the same tests run the kernel.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 from vllm_semantic.ops.compaction import compact_block_table
 
-repeatable = settings(deadline=None, derandomize=True, max_examples=300)
+repeatable = settings(deadline=None, derandomize=True, max_examples=200)
 
 
 @dataclass
@@ -24,13 +27,25 @@ class Batch:
     num_null_ids: int
 
     def compact(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return compact_block_table(
-            torch.tensor(self.block_table, dtype=torch.int32),
-            torch.tensor(self.seq_lens, dtype=torch.int32),
+        block_table = torch.tensor(self.block_table, dtype=torch.int32)
+        seq_lens = torch.tensor(self.seq_lens, dtype=torch.int32)
+        # As a step finds its buffers: full of an earlier one, and as wide as a row may need.
+        most = max(len(row) for row in self.by_definition()[0])
+        out_table = torch.full((len(block_table), max(1, most)), -1, dtype=torch.int32)
+        out_seq_lens = torch.full_like(seq_lens, -1)
+        before = block_table.clone(), seq_lens.clone()
+        compact_block_table(
+            block_table,
+            seq_lens,
             self.block_size,
             self.max_seq_len,
             self.num_null_ids,
+            out_table,
+            out_seq_lens,
         )
+        assert torch.equal(block_table, before[0])
+        assert torch.equal(seq_lens, before[1])
+        return out_table, out_seq_lens
 
     def by_definition(self) -> tuple[list[list[int]], list[int]]:
         rows, lengths = [], []
@@ -70,42 +85,17 @@ def batches(draw: st.DrawFn) -> Batch:
 
 
 @repeatable
-@given(batches())
+@given(batch=batches())
 def test_against_a_loop(batch: Batch) -> None:
     table, seq_lens = batch.compact()
     rows, lengths = batch.by_definition()
     assert seq_lens.tolist() == lengths
     # Behind a sequence's end the table is undefined.
     assert [row[: len(kept)] for row, kept in zip(table.tolist(), rows, strict=True)] == rows
-    assert table.dtype == seq_lens.dtype == torch.int32
-    assert table.is_contiguous()
 
 
 @repeatable
-@given(batches())
-def test_only_columns_in_use_are_read(batch: Batch) -> None:
-    table, _ = batch.compact()
-    used = -(-batch.max_seq_len // batch.block_size)
-    assert table.shape == (len(batch.seq_lens), min(used, len(batch.block_table[0])))
-
-
-@repeatable
-@given(batches())
-def test_inputs_are_left_alone(batch: Batch) -> None:
-    block_table = torch.tensor(batch.block_table, dtype=torch.int32)
-    seq_lens = torch.tensor(batch.seq_lens, dtype=torch.int32)
-    before = block_table.clone(), seq_lens.clone()
-    table, lengths = compact_block_table(
-        block_table, seq_lens, batch.block_size, batch.max_seq_len, batch.num_null_ids
-    )
-    table.fill_(-1)
-    lengths.fill_(-1)
-    assert torch.equal(block_table, before[0])
-    assert torch.equal(seq_lens, before[1])
-
-
-@repeatable
-@given(batches())
+@given(batch=batches())
 def test_newest_tokens_stay_last(batch: Batch) -> None:
     """Bottom-right causal masks rely on it: the last tokens are in the last block."""
     table, seq_lens = batch.compact()

@@ -42,8 +42,8 @@ def run_python(code: str, repo: Path) -> str:
 def pure_modules(repo: Path) -> list[str]:
     """Every module of the pure packages, also one that is added later."""
     modules = list(PURE_PACKAGES)
-    for package in ("policies", "ops"):
-        files = sorted((repo / "vllm_semantic" / package).glob("*.py"))
+    for package in ("policies", "ops", "ops.kernels"):
+        files = sorted((repo / "vllm_semantic" / package.replace(".", "/")).glob("*.py"))
         modules += [f"vllm_semantic.{package}.{f.stem}" for f in files if f.stem != "__init__"]
     return modules
 
@@ -67,11 +67,11 @@ def test_pure_packages_work_without_vllm(repo: Path) -> None:
     code = f"""{BLOCK_VLLM}
 from vllm_semantic.config import policy_from_config
 from vllm_semantic.messages import KVPolicyStep
-from vllm_semantic.ops.compaction import compact_block_table
+from vllm_semantic.ops.compaction import compacted
 import torch
 policy = policy_from_config({{"name": "semantic", "semantic_tokens": 96}})
 scores = policy.score(torch.ones(2, 4, 8), torch.ones(2, 2, 16, 8))
-table, _ = compact_block_table(torch.tensor([[3, 0, 2]]), torch.tensor([40]), 16, 40)
+table, _ = compacted(torch.tensor([[3, 0, 2]]), torch.tensor([40]), 16, 40, 1)
 print(policy.budget(32).total, scores.shape[0], table[0, :2].tolist(), KVPolicyStep().evictions)
 """
     assert run_python(code, repo) == "6 2 [3, 2] {}"

@@ -19,7 +19,7 @@ from vllm_semantic.messages import (
 
 STEP = KVPolicyStep(
     evictions={0: {"a": [2, 5], "b": [1]}, 1: {"a": [3]}},
-    score_requests={0: {"c": ScoreRequest([4, 7], [40, 70])}},
+    score_requests={0: {"c": ScoreRequest(64, [4, 7], [40, 70])}},
 )
 SCORES = {0: {"c": [0.25, -1.0]}, 1: {}}
 PROTOCOLS = range(2, pickle.HIGHEST_PROTOCOL + 1)

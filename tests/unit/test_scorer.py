@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
-from vllm_semantic.engine.capture import QueryCapture
+from vllm_semantic.engine.backend import CapturingImpl
 from vllm_semantic.engine.key_cache import KeyCache
 from vllm_semantic.engine.scorer import BlockScorer, ScoredLayers
 from vllm_semantic.messages import ScoreRequest
@@ -40,11 +43,11 @@ def test_each_block_meets_its_own_requests_query(kernel_blocks: int) -> None:
         2: [random_layers(1, kernel_blocks), random_layers(2, kernel_blocks)],
     }
     asked = {
-        0: {"b": ScoreRequest([1, 4], [3, 8]), "a": ScoreRequest([2], [3])},
-        2: {"c": ScoreRequest([7, 8, 9], [1, 9, 0]), "b": ScoreRequest([1], [5])},
+        0: {"b": ScoreRequest(64, [1, 4], [3, 8]), "a": ScoreRequest(64, [2], [3])},
+        2: {"c": ScoreRequest(64, [7, 8, 9], [1, 9, 0]), "b": ScoreRequest(64, [1], [5])},
     }
     rows = {"a": 0, "idle": 1, "b": 2, "c": 4}
-    scores = BlockScorer(SemanticPolicy(), groups)(asked, rows)
+    scores = BlockScorer(SemanticPolicy(), groups)(asked, rows).collect()
     assert {group: list(answers) for group, answers in scores.items()} == {
         group: list(requests) for group, requests in asked.items()
     }
@@ -59,31 +62,54 @@ def test_each_block_meets_its_own_requests_query(kernel_blocks: int) -> None:
 
 
 def test_a_request_without_candidates_gets_no_score() -> None:
-    asked = {0: {"a": ScoreRequest([], []), "b": ScoreRequest([1], [1])}}
-    scores = BlockScorer(SemanticPolicy(), {0: [random_layers(1)]})(asked, {"a": 0, "b": 1})
+    asked = {0: {"a": ScoreRequest(64, [], []), "b": ScoreRequest(64, [1], [1])}}
+    scorer = BlockScorer(SemanticPolicy(), {0: [random_layers(1)]})
+    scores = scorer(asked, {"a": 0, "b": 1}).collect()
     assert scores[0]["a"] == []
     assert len(scores[0]["b"]) == 1
 
 
+def test_ranks_are_averaged_before_the_scores_travel() -> None:
+    """As if a second rank held the same heads with the opposite direction."""
+    scorer = BlockScorer(SemanticPolicy(), {0: [random_layers(1)]}, lambda scores: scores * 0)
+    asked = {0: {"a": ScoreRequest(64, [1], [1])}}
+    assert scorer(asked, {"a": 0}).collect() == {0: {"a": [0.0]}}
+
+
+def test_a_policy_with_a_score_of_its_own_is_asked_for_it() -> None:
+    """A kernel inherited from another policy computes another score."""
+
+    class Constant(SemanticPolicy):
+        def score(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(keys),), 2.5)
+
+    scorer = BlockScorer(Constant(), {0: [random_layers(3)]})
+    asked = {0: {"a": ScoreRequest(64, [1, 2], [1, 5])}}
+    assert scorer(asked, {"a": 0}).collect() == {0: {"a": [2.5, 2.5]}}
+
+
+class Attention:
+    """What a base implementation does does not matter here."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> str:
+        return "attended"
+
+
+class CapturingAttention(CapturingImpl, Attention):
+    pass
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_capture_keeps_the_newest_query_of_each_request(dtype: torch.dtype) -> None:
-    buffer = torch.full((4, 2, HEAD_SIZE), 7.0, dtype=dtype)
-    capture = QueryCapture(buffer)
-    query = torch.randn(9, 2, HEAD_SIZE).to(dtype)
-    query_start_loc = torch.tensor([0, 1, 6, 9], dtype=torch.int32)
-    capture.record(query, query_start_loc[1:] - 1)
-    assert (buffer == 7.0).all(), "nothing is copied that was not asked for"
-    capture.active = True
-    capture.record(query, query_start_loc[1:] - 1)
-    assert torch.equal(buffer[:3], query[[0, 5, 8]])
-    assert (buffer[3] == 7.0).all()
-
-
-def test_captures_fill_what_the_scorer_reads() -> None:
+def test_the_newest_query_of_each_request_is_kept(dtype: torch.dtype) -> None:
     layers = random_layers(3)
-    captures = layers.captures
-    assert len(captures) == 3
-    for value, capture in enumerate(captures):
-        capture.active = True
-        capture.record(torch.full((1, 4, HEAD_SIZE), float(value)), torch.tensor([0]))
-    assert layers.queries[:, 0].mean((1, 2)).tolist() == [0.0, 1.0, 2.0]
+    layers.queries.fill_(7.0)
+    impl = CapturingAttention()
+    buffer = impl.newest_queries = layers.queries[1].to(dtype)
+    query = torch.randn(9, 4, HEAD_SIZE).to(dtype)
+    query_start_loc = torch.tensor([0, 1, 6, 9], dtype=torch.int32)
+    for rows in (None, query_start_loc[1:] - 1):
+        assert (buffer == 7.0).all(), "nothing is copied that was not asked for"
+        metadata = SimpleNamespace(last_query_rows=rows)
+        assert impl.forward(None, query, None, None, None, metadata, None) == "attended"
+    assert torch.equal(buffer[:3], query[[0, 5, 8]])
+    assert (buffer[3:] == 7.0).all()

@@ -42,7 +42,9 @@ def sizes(max_model_len: int = 8192, max_num_batched_tokens: int = 512, batches:
     return SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=max_model_len),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=max_num_batched_tokens),
+        scheduler_config=SimpleNamespace(
+            max_num_batched_tokens=max_num_batched_tokens, async_scheduling=False
+        ),
         max_in_flight_tokens=batches * max_num_batched_tokens,
     )
 

@@ -7,18 +7,47 @@ vLLM keeps its own choice of the base.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ..ops.compaction import compact_block_table
-from .capture import QueryCapture
 
 WRAPPED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
+
+EvictedTokens = Callable[[CommonAttentionMetadata], "np.ndarray | None"]
+"""Says how many tokens each row of a batch has lost, ``[num_reqs]`` int32 on the host;
+``None`` if none has."""
+
+
+class StepBuffers:
+    """What a builder hands to the kernels: always at the same addresses.
+
+    A full CUDA graph reads what its capture saw, so whatever changes from step to step is
+    written here.
+
+    Args:
+        max_num_reqs: rows.
+        max_num_blocks: the most kernel blocks that one request keeps.
+        num_null_ids: kernel block ids below this are the null block.
+        device: of the KV cache.
+    """
+
+    def __init__(
+        self, max_num_reqs: int, max_num_blocks: int, num_null_ids: int, device: torch.device
+    ) -> None:
+        self.num_null_ids = num_null_ids
+        self.block_table = torch.zeros(
+            max_num_reqs, max_num_blocks, dtype=torch.int32, device=device
+        )
+        self.seq_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        self.last_query_rows = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
 
 
 class CompactingBuilder:
@@ -27,11 +56,17 @@ class CompactingBuilder:
     # Sharing metadata between groups would skip `build`, and with it the compaction.
     supports_update_block_table = False
 
-    num_null_ids = 1
-    """Kernel block ids below this are the null block. Written by the worker."""
+    buffers: StepBuffers | None = None
+    """Written by the worker once the KV cache exists; ``None`` for layers without a policy."""
 
-    has_holes = False
-    """Whether a request may have lost blocks. Written by the worker before each step."""
+    evicted_tokens: EvictedTokens
+    """Written by the worker with :attr:`buffers`."""
+
+    scoring = False
+    """Whether queries are needed. Written by the worker before each step."""
+
+    captured = False
+    """Whether a CUDA graph reads the buffers, in every step from then on."""
 
     def build(
         self,
@@ -39,37 +74,77 @@ class CompactingBuilder:
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Any:
-        if self.has_holes:
-            common_attn_metadata = self._compact(common_attn_metadata)
+        common, last_query_rows = common_attn_metadata, None
+        if self.buffers is not None:
+            evicted = self.evicted_tokens(common)
+            if evicted is not None:
+                common = self._compact(common, self.buffers, evicted)
+            elif self.captured:
+                common = self._stage(common, self.buffers)
+            if self.scoring or self.captured:
+                last_query_rows = self.buffers.last_query_rows[: common.num_reqs]
+                torch.sub(common.query_start_loc[1:], 1, out=last_query_rows)
         metadata = super().build(  # type: ignore[misc]
-            common_prefix_len, common_attn_metadata, fast_build
+            common_prefix_len, common, fast_build
         )
-        metadata.last_query_rows = common_attn_metadata.query_start_loc[1:] - 1
+        metadata.last_query_rows = last_query_rows
         return metadata
 
-    def _compact(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        block_table, seq_lens = compact_block_table(
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        self.captured = True
+        return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
+
+    def _compact(
+        self, common: CommonAttentionMetadata, buffers: StepBuffers, evicted: np.ndarray
+    ) -> CommonAttentionMetadata:
+        """The batch without evicted blocks; the host knows the lengths without asking."""
+        upper_bound = common.seq_lens_cpu_upper_bound
+        assert upper_bound is not None
+        lengths = upper_bound - torch.from_numpy(evicted)
+        block_table, seq_lens = self._rows(buffers, common.num_reqs)
+        compact_block_table(
             common.block_table_tensor,
             common.seq_lens,
             self.kv_cache_spec.block_size,  # type: ignore[attr-defined]
             common.max_seq_len,
-            self.num_null_ids,
+            buffers.num_null_ids,
+            block_table,
+            seq_lens,
         )
-        seq_lens_cpu = seq_lens.cpu()
         return common.replace(
             block_table_tensor=block_table,
             seq_lens=seq_lens,
-            seq_lens_cpu_upper_bound=seq_lens_cpu,
-            max_seq_len=int(seq_lens_cpu.max()),
+            seq_lens_cpu_upper_bound=lengths,
+            max_seq_len=int(lengths.max()),
             _num_computed_tokens_cache=None,
         )
+
+    def _stage(
+        self, common: CommonAttentionMetadata, buffers: StepBuffers
+    ) -> CommonAttentionMetadata:
+        """The batch as it is, where a CUDA graph will look for it."""
+        block_table, seq_lens = self._rows(buffers, common.num_reqs)
+        num_columns = min(block_table.shape[1], common.block_table_tensor.shape[1])
+        block_table[:, :num_columns] = common.block_table_tensor[:, :num_columns]
+        seq_lens.copy_(common.seq_lens)
+        max_num_tokens = block_table.shape[1] * self.kv_cache_spec.block_size  # type: ignore[attr-defined]
+        return common.replace(
+            block_table_tensor=block_table,
+            seq_lens=seq_lens,
+            max_seq_len=min(common.max_seq_len, max_num_tokens),
+        )
+
+    @staticmethod
+    def _rows(buffers: StepBuffers, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return buffers.block_table[:num_reqs], buffers.seq_lens[:num_reqs]
 
 
 class CapturingImpl:
     """Mixin before an ``AttentionImpl``: keeps the newest query of each request."""
 
-    query_capture: QueryCapture | None = None
-    """Written by the worker once the KV cache exists; ``None`` for layers not scored."""
+    newest_queries: torch.Tensor | None = None
+    """``[max_num_reqs, num_heads, head_size]`` of the layer's dtype, after RoPE. Written by
+    the worker once the KV cache exists; ``None`` for layers not scored."""
 
     def forward(
         self,
@@ -83,8 +158,10 @@ class CapturingImpl:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if self.query_capture is not None and attn_metadata is not None:
-            self.query_capture.record(query, attn_metadata.last_query_rows)
+        if self.newest_queries is not None and attn_metadata is not None:
+            rows = attn_metadata.last_query_rows
+            if rows is not None:
+                torch.index_select(query, 0, rows, out=self.newest_queries[: len(rows)])
         return super().forward(  # type: ignore[misc, no-any-return]
             layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
         )

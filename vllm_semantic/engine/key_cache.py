@@ -29,11 +29,22 @@ class KeyCache:
     among a head's keys, at index ``t * head_size + c``. ``None``: next to its value."""
 
     @cached_property
-    def transposed(self) -> bool:
-        """Whether a head's keys lie channel by channel: a view is enough to read them."""
-        size = self.kv_cache.shape[3] * self.head_size
-        transpose = torch.arange(size).view(self.head_size, -1).t().flatten()
-        return self.places is not None and torch.equal(self.places, transpose)
+    def keys(self) -> torch.Tensor | None:
+        """All keys as a view, ``[num_layers, num_kernel_blocks, num_kv_heads,
+        kernel_block_size, head_size]``; ``None`` if the kernels scatter them."""
+        if self.places is None:
+            return self.kv_cache[..., : self.head_size]
+        block_size = self.kv_cache.shape[3]
+        transpose = torch.arange(len(self.places)).view(self.head_size, block_size).t().flatten()
+        if not torch.equal(self.places, transpose):
+            return None
+        channel_by_channel = self._packed.unflatten(3, (self.head_size, block_size))
+        return channel_by_channel.transpose(3, 4)
+
+    @property
+    def _packed(self) -> torch.Tensor:
+        """A head's keys of one block, in the kernels' order, in front of its values."""
+        return self.kv_cache.flatten(3)[..., : self.kv_cache.shape[3] * self.head_size]
 
     def gather(self, block_ids: torch.Tensor) -> torch.Tensor:
         """Keys of some blocks, in all layers at once.
@@ -53,13 +64,10 @@ class KeyCache:
         return keys.unflatten(1, (-1, self.kernel_blocks)).transpose(2, 3).flatten(3, 4)
 
     def _gather_kernel_blocks(self, kernel_ids: torch.Tensor) -> torch.Tensor:
-        if self.places is None:
-            return self.kv_cache[..., : self.head_size][:, kernel_ids]
+        if self.keys is not None:
+            return self.keys[:, kernel_ids]
+        packed = self._packed[:, kernel_ids]
         block_size = self.kv_cache.shape[3]
-        size = block_size * self.head_size
-        packed = self.kv_cache.flatten(3)[..., :size][:, kernel_ids]
-        if self.transposed:
-            return packed.unflatten(3, (self.head_size, block_size)).transpose(3, 4)
         return packed.index_select(3, self.places).unflatten(3, (block_size, self.head_size))
 
 

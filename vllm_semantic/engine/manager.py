@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,8 @@ class RequestBlocks:
     num_exact_tokens: int | None = None
     """Leading tokens computed before anything was evicted; ``None`` before that."""
 
-    scores: dict[int, float] = field(default_factory=dict)
-    """Newest scores by logical index; used at most once."""
+    scores: dict[int, dict[int, float]] = field(default_factory=dict)
+    """Scores by eviction point and logical index; used at most once."""
 
     def kept_at(self, num_full_blocks: int) -> BlockIndices:
         """The full blocks held once ``num_full_blocks`` have been computed."""
@@ -71,9 +71,12 @@ class SemanticManager(FullAttentionManager):
         self.policy = kv_cache_spec.policy
         self.budget = kv_cache_spec.budget
         self.prefill_interval = kv_cache_spec.prefill_interval
+        self.eviction_delay = kv_cache_spec.eviction_delay
         # Every eviction point but a prompt's end is a multiple of this.
         self._point_spacing = math.gcd(self.block_size, self.prefill_interval)
         self.stats = EvictionStats()
+        self.requests: Mapping[str, Request] = {}
+        """The scheduler's live requests by id. Written by the scheduler."""
         self._requests: dict[str, RequestBlocks] = {}
         self._evictions: dict[str, BlockIndices] = {}
 
@@ -93,6 +96,11 @@ class SemanticManager(FullAttentionManager):
         if not self.policy.bounded:
             return num_new
         num_prompt = request.num_prompt_tokens
+        if self.eviction_delay and self._over_budget_at(
+            request.request_id, num_computed, num_prompt
+        ):
+            # What still sees the evicted blocks is this one token, however steps fall.
+            return min(num_new, self.eviction_delay)
         point = next_eviction_point(
             num_computed, num_prompt, self.block_size, self.prefill_interval
         )
@@ -129,13 +137,13 @@ class SemanticManager(FullAttentionManager):
         candidates = list(self.budget.candidates(kept))
         blocks = self.req_to_blocks[request_id]
         self.stats.scored_blocks += len(candidates)
-        return ScoreRequest(candidates, [blocks[i].block_id for i in candidates])
+        return ScoreRequest(num_computed, candidates, [blocks[i].block_id for i in candidates])
 
     def record_scores(self, request_id: str, asked: ScoreRequest, scores: Sequence[float]) -> None:
-        """Keep scores for the request's next eviction; it must still hold blocks."""
+        """Keep scores for the eviction they were asked for; the request must still hold blocks."""
         if request_id in self.req_to_blocks:
             state = self._requests.setdefault(request_id, RequestBlocks())
-            state.scores = dict(zip(asked.block_indices, scores, strict=True))
+            state.scores[asked.num_tokens] = dict(zip(asked.block_indices, scores, strict=True))
 
     def take_evictions(self) -> dict[str, BlockIndices]:
         """Drain the evictions since the last call, for the workers."""
@@ -162,28 +170,35 @@ class SemanticManager(FullAttentionManager):
                 flight writes the blocks before them.
             num_prompt_tokens: the request's prompt length.
         """
-        if num_prompt_tokens is None or not self._over_budget_at(
-            request_id, processed_computed_tokens, num_prompt_tokens
+        start = processed_computed_tokens
+        if self.eviction_delay:
+            start += self.requests[request_id].num_in_flight_tokens
+        point = start - self.eviction_delay
+        if (
+            num_prompt_tokens is None
+            or point > processed_computed_tokens
+            or not self._over_budget_at(request_id, point, num_prompt_tokens)
         ):
             return
-        num_full_blocks = processed_computed_tokens // self.block_size
         state = self._requests.setdefault(request_id, RequestBlocks())
+        num_full_blocks = point // self.block_size
         kept = state.kept_at(num_full_blocks)
         scores = None
         if self.policy.scores_blocks:
             candidates = self.budget.candidates(kept)
-            if not all(i in state.scores for i in candidates):
-                return  # not scored yet: stay over budget until the scores are here
-            scores = [state.scores[i] for i in candidates]
+            found = state.scores.pop(point, {})
+            if not all(i in found for i in candidates):
+                return  # no scores came for this point: stay over budget until the next
+            scores = [found[i] for i in candidates]
         evicted = blocks_to_evict(kept, self.budget, scores)
         self._evict(request_id, evicted)
         if state.num_exact_tokens is None:
-            state.num_exact_tokens = processed_computed_tokens
+            state.num_exact_tokens = start
             self.stats.evicting_requests += 1
         gone = set(evicted)
         state.kept = [i for i in kept if i not in gone]
         state.num_seen = num_full_blocks
-        state.scores = {}
+        state.scores = {later: s for later, s in state.scores.items() if later > point}
 
     def cache_blocks(
         self,

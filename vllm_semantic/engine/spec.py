@@ -34,6 +34,10 @@ class SemanticSpec(FullAttentionSpec):
     max_in_flight_tokens: int = 0
     """Tokens that one request may have scheduled but not settled, over all steps."""
 
+    eviction_delay: int = 0
+    """Tokens after an eviction point that still see the blocks evicted there: one where the
+    next step is scheduled before the scores of the last have come (async scheduling)."""
+
     @property
     def budget(self) -> BlockBudget:
         """The policy's budget in blocks of this spec."""
@@ -66,6 +70,7 @@ class SemanticSpec(FullAttentionSpec):
             policy=first.policy,
             prefill_interval=first.prefill_interval,
             max_in_flight_tokens=first.max_in_flight_tokens,
+            eviction_delay=first.eviction_delay,
         )
 
 
@@ -83,4 +88,5 @@ def semantic_spec(spec: KVCacheSpec, policy: KVPolicy, vllm_config: VllmConfig) 
         policy=policy,
         prefill_interval=vllm_config.scheduler_config.max_num_batched_tokens,
         max_in_flight_tokens=vllm_config.max_in_flight_tokens,
+        eviction_delay=int(vllm_config.scheduler_config.async_scheduling or 0),
     )

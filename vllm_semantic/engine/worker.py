@@ -2,41 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.config import get_layers_from_vllm_config
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from ..config import CONFIG_KEY, policy_from_config
 from ..hooks import wrapped_attention_backends
-from ..messages import BlockScores, KVPolicyStep, attach_scores, step_of
-from .backend import CapturingImpl, CompactingBuilder
-from .capture import QueryCapture
+from ..messages import KVPolicyStep, attach_scores, step_of
+from .backend import CapturingImpl, CompactingBuilder, StepBuffers
 from .key_cache import KeyCache, stack_layers
-from .scorer import BlockScorer, ScoredLayers
+from .runner import access
+from .scorer import BlockScorer, PendingScores, ScoredLayers
 from .spec import SemanticSpec, semantic_spec
 
 if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
     from vllm.v1.worker.utils import AttentionGroup
+
+logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, or INFO is lost
+
+
+@dataclass
+class PolicyGroup:
+    """A KV cache group under the policy, as a worker sees it."""
+
+    block_size: int
+    kernel_blocks: int
+    """Kernel blocks in a block of the manager."""
+
+    evicted_tokens: dict[str, int] = field(default_factory=dict)
+    """What each running request has lost. Written by the worker before each step."""
 
 
 class ScoredAsyncOutput(AsyncModelRunnerOutput):
     """An asynchronous output that brings its step's scores when it is collected."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, scores: BlockScores) -> None:
+    def __init__(self, output: AsyncModelRunnerOutput, scores: PendingScores) -> None:
         self._output = output
         self._scores = scores
 
     def get_output(self) -> ModelRunnerOutput:
         output = self._output.get_output()
-        attach_scores(output, self._scores)
+        attach_scores(output, self._scores.collect())
         return output
 
 
@@ -46,11 +65,7 @@ class KVPolicyWorkerMixin(Worker):
     def load_model(self, **kwargs: Any) -> None:
         """Load the model with wrapped attention backends; vLLM chooses which."""
         self.kv_policy = policy_from_config(self.vllm_config.additional_config[CONFIG_KEY])
-        if not isinstance(self.model_runner, GPUModelRunner):
-            raise ValueError(
-                f"--kv-policy does not support {type(self.model_runner).__module__} yet; "
-                "set VLLM_USE_V2_MODEL_RUNNER=0"
-            )
+        self.runner_access = access(self.model_runner)
         with wrapped_attention_backends():
             super().load_model(**kwargs)
 
@@ -69,30 +84,44 @@ class KVPolicyWorkerMixin(Worker):
             RuntimeError: a layer under the policy runs a backend that was not wrapped.
         """
         super().initialize_from_config(kv_cache_config)
-        self._captures: list[QueryCapture] = []
         self._builders: list[CompactingBuilder] = []
-        self._kernel_blocks: dict[int, int] = {}
-        self._evicted_requests: set[str] = set()
-        self._block_scores: BlockScores | None = None
+        self._groups: dict[int, PolicyGroup] = {}
+        self._scores: PendingScores | None = None
+        self._in_step = False
         self._block_scorer = BlockScorer(
             self.kv_policy,
             {
                 group_id: self._connect(group_id, attn_groups)
                 for group_id, attn_groups in enumerate(self.model_runner.attn_groups)
             },
+            self._mean_over_ranks,
+        )
+        backends = {
+            attn_group.backend.__name__
+            for group_id in self._groups
+            for attn_group in self.model_runner.attn_groups[group_id]
+        }
+        logger.info_once(
+            "KV policy %s: model runner %s, attention backend %s",
+            self.kv_policy.name,
+            self.runner_access.name,
+            ", ".join(sorted(backends)),
         )
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Empty the evicted entries of the block tables, run, and score what was asked."""
         step = step_of(scheduler_output) or KVPolicyStep()
+        self._forget(scheduler_output)
         self._apply_evictions(step)
-        self._evicted_requests -= scheduler_output.finished_req_ids
-        self._switch(bool(self._evicted_requests), bool(step.score_requests))
-        output = super().execute_model(scheduler_output)
-        self._switch(False, False)  # a dummy batch has neither holes nor requests to score
+        self._begin_step(scoring=bool(step.score_requests))
+        try:
+            output = super().execute_model(scheduler_output)
+        finally:
+            self._end_step()
         if step.score_requests:
-            rows = self.model_runner.input_batch.req_id_to_index
-            self._block_scores = self._block_scorer(step.score_requests, rows)
+            self._scores = self._block_scorer(
+                step.score_requests, self.runner_access.rows(), self.runner_access.copy_stream()
+            )
         return output
 
     def sample_tokens(
@@ -100,41 +129,60 @@ class KVPolicyWorkerMixin(Worker):
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """Sample; send the step's scores along with the tokens."""
         output = super().sample_tokens(grammar_output)
-        scores, self._block_scores = self._block_scores, None
+        scores, self._scores = self._scores, None
         if scores is None:
             return output
         if isinstance(output, AsyncModelRunnerOutput):
             return ScoredAsyncOutput(output, scores)
-        attach_scores(output, scores)
+        attach_scores(output, scores.collect())
         return output
 
-    def _switch(self, has_holes: bool, scores: bool) -> None:
-        for builder in self._builders:
-            builder.has_holes = has_holes
-        for capture in self._captures:
-            capture.active = scores
+    # -- one step ----------------------------------------------------------------------
+
+    def _forget(self, scheduler_output: SchedulerOutput) -> None:
+        gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
+        for group in self._groups.values():
+            for request_id in gone & group.evicted_tokens.keys():
+                del group.evicted_tokens[request_id]
 
     def _apply_evictions(self, step: KVPolicyStep) -> None:
-        """Write the null block into both of the runner's copies of a request's table.
-
-        Rows of running requests only ever grow, so an entry stays null once written.
-        """
-        runner = self.model_runner
         for group_id, evictions in step.evictions.items():
-            table = runner.input_batch.block_table[group_id]
-            kernel_blocks = self._kernel_blocks[group_id]
-            self._evicted_requests |= evictions.keys()
-            for request_id, block_indices in evictions.items():
-                block_ids = runner.requests[request_id].block_ids[group_id]
-                for index in block_indices:
-                    block_ids[index] = 0
-                row = runner.input_batch.req_id_to_index.get(request_id)
-                if row is None:
-                    continue
-                for index in block_indices:
-                    start = index * kernel_blocks
-                    # An expanded null block is the kernel blocks 0, 1, ...
-                    table.block_table.np[row, start : start + kernel_blocks] = range(kernel_blocks)
+            group = self._groups[group_id]
+            self.runner_access.null_blocks(group_id, evictions, group.kernel_blocks)
+            evicted = group.evicted_tokens
+            for request_id, blocks in evictions.items():
+                evicted[request_id] = evicted.get(request_id, 0) + len(blocks) * group.block_size
+
+    def _begin_step(self, scoring: bool) -> None:
+        self._in_step = True
+        for builder in self._builders:
+            builder.scoring = scoring
+
+    def _end_step(self) -> None:
+        """Until the next step, batches are dummies: no request of theirs has lost blocks."""
+        self._in_step = False
+        for builder in self._builders:
+            builder.scoring = False
+
+    def _evicted_tokens(
+        self, group: PolicyGroup, common: CommonAttentionMetadata
+    ) -> np.ndarray | None:
+        """What each row of the batch has lost, see :data:`~.backend.EvictedTokens`."""
+        if not self._in_step or not group.evicted_tokens:
+            return None
+        tokens = np.zeros(common.num_reqs, dtype=np.int32)
+        for row, request_id in enumerate(self.runner_access.batch_order(common)):
+            tokens[row] = group.evicted_tokens.get(request_id, 0)
+        return tokens
+
+    def _mean_over_ranks(self, scores: torch.Tensor) -> torch.Tensor:
+        """Every rank holds some of the KV heads, an equal number each."""
+        group = get_tp_group()
+        if group.world_size == 1:
+            return scores
+        return group.all_reduce(scores) / group.world_size
+
+    # -- once, at start ----------------------------------------------------------------
 
     def _connect(self, group_id: int, attn_groups: list[AttentionGroup]) -> list[ScoredLayers]:
         """Hook up the metadata builders and layers of a KV cache group, if under the policy."""
@@ -147,16 +195,30 @@ class KVPolicyWorkerMixin(Worker):
                 self.vllm_config, Attention, attn_group.layer_names
             ).values()
             kernel_blocks = spec.block_size // next(iter(layers)).kv_cache.shape[2]
-            self._kernel_blocks[group_id] = kernel_blocks
+            group = self._groups.setdefault(group_id, PolicyGroup(spec.block_size, kernel_blocks))
             for builder in attn_group.metadata_builders:
                 if not isinstance(builder, CompactingBuilder):
                     raise RuntimeError(f"--kv-policy: {type(builder).__name__} is not wrapped")
-                builder.num_null_ids = kernel_blocks
-                self._builders.append(builder)
+                if self.kv_policy.bounded:
+                    builder.buffers = self._step_buffers(spec, kernel_blocks)
+                    builder.evicted_tokens = partial(self._evicted_tokens, group)
+                    self._builders.append(builder)
             if self.kv_policy.scores_blocks:
                 for _, alike in groupby(layers, key=lambda layer: layer.num_heads):
                     scored += self._connect_layers(list(alike), kernel_blocks)
         return scored
+
+    def _step_buffers(self, spec: SemanticSpec, kernel_blocks: int) -> StepBuffers:
+        max_model_len = self.model_config.max_model_len
+        num_blocks = spec.max_num_blocks_per_req(self.vllm_config, max_model_len)
+        if spec.max_admission_blocks is not None:
+            num_blocks = min(num_blocks, spec.max_admission_blocks)
+        return StepBuffers(
+            self.scheduler_config.max_num_seqs,
+            num_blocks * kernel_blocks,
+            num_null_ids=kernel_blocks,
+            device=self.model_runner.device,
+        )
 
     def _connect_layers(self, layers: list[Attention], kernel_blocks: int) -> list[ScoredLayers]:
         """Give layers of one shape the buffers that their queries go to."""
@@ -174,12 +236,11 @@ class KVPolicyWorkerMixin(Worker):
             )
             key_cache = KeyCache(kv_cache, first.head_size, kernel_blocks, places)
             scored.append(ScoredLayers(key_cache, queries))
-        captures = [capture for stacked in scored for capture in stacked.captures]
-        for layer, capture in zip(layers, captures, strict=True):
+        buffers = [buffer for stacked in scored for buffer in stacked.queries]
+        for layer, buffer in zip(layers, buffers, strict=True):
             if not isinstance(layer.impl, CapturingImpl):
                 raise RuntimeError(f"--kv-policy: {type(layer.impl).__name__} is not wrapped")
-            layer.impl.query_capture = capture
-        self._captures += captures
+            layer.impl.newest_queries = buffer
         return scored
 
     def _key_places(self, layer: Attention) -> torch.Tensor | None:

@@ -1,6 +1,8 @@
-"""Block scores. Plain torch: the reference that a fused kernel has to match."""
+"""Block scores."""
 
 import torch
+
+from .platform import runs_triton
 
 
 def mean_key_cosine(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -22,3 +24,34 @@ def mean_key_cosine(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cosine_similarity(
         query, keys.mean(2, dtype=torch.float32), dim=-1
     ).mean(1)
+
+
+def cached_mean_key_cosine(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    block_ids: torch.Tensor,
+    kernel_blocks: int,
+) -> torch.Tensor | None:
+    """:func:`mean_key_cosine` of blocks that stay where they are in the cache.
+
+    All layers and blocks in one launch; each key is read once.
+
+    Args:
+        queries: ``[num_layers, num_rows, num_heads, head_size]``.
+        rows: ``[num_blocks]`` int64, the row of each block's query.
+        keys: ``[num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size, head_size]``,
+            any strides; bf16, fp16, fp32 or an fp8 dtype. Cosines do not depend on the scale
+            that an fp8 cache divides by.
+        block_ids: ``[num_blocks]`` int64; block ``b`` is ``kernel_blocks`` kernel blocks in a
+            row from ``b * kernel_blocks``.
+        kernel_blocks: kernel blocks in a block.
+
+    Returns:
+        ``[num_layers, num_blocks]`` fp32, or ``None`` where no Triton kernel runs.
+    """
+    if not runs_triton(keys):
+        return None
+    from .kernels import scoring
+
+    return scoring.mean_key_cosine(queries, rows, keys, block_ids, kernel_blocks)

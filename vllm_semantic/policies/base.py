@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -55,6 +55,12 @@ class KVPolicy(ABC):
     recent_tokens: int = 0
     """Last tokens of a sequence, never evicted."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A new score leaves an inherited kernel behind, which computes the old one."""
+        super().__init_subclass__(**kwargs)
+        if "score" in vars(cls) and "score_cached" not in vars(cls):
+            cls.score_cached = KVPolicy.score_cached  # type: ignore[method-assign]
+
     @property
     def selected_tokens(self) -> int:
         """Tokens kept by score between the sink and the recent ones."""
@@ -94,6 +100,29 @@ class KVPolicy(ABC):
             TypeError: the policy keeps blocks by age alone.
         """
         raise TypeError(f"policy {self.name!r} keeps blocks by age and has no score")
+
+    def score_cached(
+        self,
+        queries: torch.Tensor,
+        rows: torch.Tensor,
+        keys: torch.Tensor,
+        block_ids: torch.Tensor,
+        kernel_blocks: int,
+    ) -> torch.Tensor | None:
+        """The same scores by a fused kernel that reads the cache in place, if there is one.
+
+        Args:
+            queries: ``[num_layers, num_rows, num_heads, head_size]`` of the model's dtype.
+            rows: ``[num_blocks]`` int64, the row of each block's query.
+            keys: ``[num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size,
+                head_size]``, a view of the cache with any strides.
+            block_ids: ``[num_blocks]`` int64 ids of the block manager.
+            kernel_blocks: kernel blocks in a block of the manager.
+
+        Returns:
+            ``[num_layers, num_blocks]`` fp32, or ``None``: use :meth:`score`.
+        """
+        return None
 
     def parts(self) -> dict[str, int]:
         """The parts of the budget in tokens, by option name."""

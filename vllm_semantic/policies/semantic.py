@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from ..ops.scoring import mean_key_cosine
+from ..ops.scoring import cached_mean_key_cosine, mean_key_cosine
 from .base import KVPolicy
 
 
@@ -25,3 +25,13 @@ class SemanticPolicy(KVPolicy):
 
     def score(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return mean_key_cosine(queries, keys)
+
+    def score_cached(
+        self,
+        queries: torch.Tensor,
+        rows: torch.Tensor,
+        keys: torch.Tensor,
+        block_ids: torch.Tensor,
+        kernel_blocks: int,
+    ) -> torch.Tensor | None:
+        return cached_mean_key_cosine(queries, rows, keys, block_ids, kernel_blocks)

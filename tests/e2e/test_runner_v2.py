@@ -1,0 +1,49 @@
+"""Model Runner V2, scheduling ahead, our Triton kernels: what a GPU does by default.
+
+The tests of Runner V1 run again in a process in which Triton's interpreter is the device
+(``tests/interpreter.py``). To run one by hand: ``KV_POLICY_TEST_RUNNER=V2 pytest TEST``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .. import interpreter
+
+SUITES = {
+    "kernels": ["tests/interpreted", "tests/unit/test_compaction.py", "tests/unit/test_scorer.py"],
+    "identity": [
+        "tests/e2e/test_identity.py::test_policy_runs_where_it_says",
+        "tests/e2e/test_identity.py::test_ample_budget_changes_nothing[prefix-caching-semantic]",
+    ],
+    "oracle": [
+        "tests/e2e/test_oracle.py::test_engine_agrees_with_oracle[llama-32]",
+        "tests/e2e/test_oracle.py::test_engine_agrees_with_oracle[gemma-32]",
+    ],
+    "state": [
+        "tests/e2e/test_invariance.py::test_after_preemption",
+        "tests/e2e/test_invariance.py::test_abort_in_prefill_and_decode",
+    ],
+}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_runner_v2(suite: str, repo: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *SUITES[suite]],
+        cwd=repo,
+        env=os.environ | {interpreter.SWITCH: "V2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-5000:]
+    passed = re.search(r"(\d+) passed in", run.stdout)
+    assert passed, f"something was skipped: {run.stdout[-1000:]}"
+    assert int(passed[1]) >= len(SUITES[suite])

@@ -1,0 +1,75 @@
+"""The Triton kernels compile for the GPUs of the field; no GPU is needed for that."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as triton_compile
+
+from vllm_semantic.ops.kernels import compaction, scoring
+
+ARCHITECTURES = [80, 90, 100]
+
+
+COMPACT = {
+    "table": "*i32",
+    "seq_lens": "*i32",
+    "out_table": "*i32",
+    "out_seq_lens": "*i32",
+    "table_stride": "i32",
+    "out_stride": "i32",
+    "num_columns": "i32",
+    "num_null_ids": "i32",
+}
+SCORE = {
+    "out": "*fp32",
+    "rows": "*i64",
+    "block_ids": "*i64",
+    **dict.fromkeys(("query_stride_layer", "query_stride_row", "query_stride_head"), "i32"),
+    **dict.fromkeys((f"key_stride_{of}" for of in ("layer", "block", "head", "token")), "i64"),
+    "key_stride_channel": "i32",
+}
+
+
+def compiles(kernel: Any, signature: dict[str, str], capability: int, **constants: int) -> None:
+    order = [name for name in kernel.arg_names if name not in constants]
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature[name] for name in order} | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+    )
+    compiled = triton_compile(source, target=GPUTarget("cuda", capability, 32))
+    assert f"sm_{capability}" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_compaction_compiles(capability: int) -> None:
+    compiles(compaction.compact_kernel, COMPACT, capability, BLOCK_SIZE=16, CHUNK=compaction.CHUNK)
+
+
+@pytest.mark.parametrize(
+    ("capability", "keys", "head_size"),
+    [
+        *itertools.product(ARCHITECTURES, ["bf16", "fp16", "fp32"], [64, 80, 256]),
+        *itertools.product([90, 100], ["fp8e4nv", "fp8e5"], [128]),
+    ],
+)
+def test_scoring_compiles(capability: int, keys: str, head_size: int) -> None:
+    queries = "bf16" if keys.startswith("fp8") else keys
+    compiles(
+        scoring.mean_key_cosine_kernel,
+        SCORE | {"queries": f"*{queries}", "keys": f"*{keys}"},
+        capability,
+        NUM_KV_HEADS=8,
+        GROUP=4,
+        HEAD_SIZE=head_size,
+        PADDED_HEAD_SIZE=1 << (head_size - 1).bit_length(),
+        BLOCK_SIZE=16,
+        PADDED_BLOCK_SIZE=16,
+        KERNEL_BLOCKS=1,
+        EPSILON=scoring.EPSILON,
+    )

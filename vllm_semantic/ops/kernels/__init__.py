@@ -1,0 +1,1 @@
+"""Triton kernels behind the operations of this package. Import only where Triton runs."""
