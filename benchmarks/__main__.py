@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import demo, figures, readme
+from . import demo, figures, gpu, readme, shapes
 from .context import MODEL, RESULTS
 
 
@@ -26,6 +26,13 @@ def main() -> None:
     task.add_argument("--out", type=Path, default=RESULTS / "figures.json")
     task.add_argument("--only", action="append", help="measure this task alone; repeatable")
 
+    task = tasks.add_parser("gpu", help="correctness and speed on one GPU, random weights")
+    task.add_argument("--model", action="append", choices=shapes.SHAPES, help="repeatable")
+    task.add_argument("--kind", action="append", choices=gpu.KINDS, help="repeatable")
+    task.add_argument("--seconds", type=float, default=520, help="no task starts after that")
+    task.add_argument("--quick", action="store_true", help="tiny sizes: that it runs, no figures")
+    task.add_argument("--out", type=Path, default=RESULTS / "figures-gpu.json")
+
     tasks.add_parser("readme", help="write the README's tables from benchmarks/results")
 
     args = parser.parse_args()
@@ -36,6 +43,9 @@ def main() -> None:
         )
     elif args.task == "figures":
         figures.run(args.model, args.rounds, args.out, args.only)
+    elif args.task == "gpu":
+        models = args.model or (["tiny"] if args.quick else [gpu.MAIN_MODEL, "pythia-2.8b"])
+        gpu.run(models, args.kind or list(gpu.KINDS), args.out, args.seconds, args.quick)
     else:
         readme.run()
 

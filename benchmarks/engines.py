@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,16 @@ class EngineSide:
         seconds = time.perf_counter() - start
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         return {"seconds": seconds, "tokens": tokens, "preemptions": preemptions.count}
+
+    def tokens(self, prompts: list[list[int]], num_new: int) -> list[list[int]]:
+        """Greedy tokens of a batch."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=num_new, temperature=0, ignore_eos=True, detokenize=False
+        )
+        outputs = self.llm.generate(_prompts(prompts), params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
     def decode_steps(
         self, prompts: list[list[int]], num_steps: int, instrument: bool = False
@@ -101,6 +111,74 @@ class EngineSide:
             )
         return {"nll": nll, "seconds": seconds}
 
+    def attention(self, prompts: list[list[int]], calls: int = 50) -> dict[str, float]:
+        """Attention of one decode step in all layers, and what reading its keys takes at least.
+
+        The step's own metadata is replayed layer by layer, so the caches are as they were.
+        """
+        import torch
+
+        runner = self.worker.model_runner
+        caught: list[tuple[Any, Any]] = []
+        builders = [
+            (attn_group, builder)
+            for attn_groups in runner.attn_groups
+            for attn_group in attn_groups
+            for builder in attn_group.metadata_builders
+        ]
+        for attn_group, builder in builders:
+            _follow(builder, "build", lambda metadata, g=attn_group: caught.append((g, metadata)))
+        self.decode_steps(prompts, 4)
+        for _, builder in builders:
+            del builder.build
+        latest = {id(group): (group, metadata) for group, metadata in caught}
+        layers = self.worker.vllm_config.compilation_config.static_forward_context
+        device = Stopwatch(runner.device)
+        seconds = num_bytes = 0.0
+        for group, metadata in latest.values():
+            tokens = int(metadata.seq_lens.sum())
+            for name in group.layer_names:
+                layer = layers[name]
+                shape = (len(metadata.seq_lens), layer.num_heads, layer.head_size)
+                query = torch.randn(shape, device=runner.device).to(runner.dtype)
+                key = query[:, : layer.num_kv_heads]
+                output = torch.empty_like(query)
+                arguments = (layer, query, key, key, layer.kv_cache, metadata, output)
+                seconds += device.mean(lambda a=arguments: a[0].impl.forward(*a), calls)
+                per_token = layer.num_kv_heads * 2 * layer.head_size * layer.kv_cache.itemsize
+                num_bytes += tokens * per_token
+        return {"seconds": seconds, "kept_kv_bytes": num_bytes}
+
+    def bandwidth(self, num_bytes: int = 2 << 30) -> float:
+        """Bytes a second that this machine reads, measured by summing a large tensor."""
+        import torch
+
+        device = self.worker.model_runner.device
+        data = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
+        return num_bytes / Stopwatch(device).mean(lambda: data.sum(), 10)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: weights, KV pool, and the most that was ever allocated on the device."""
+        import torch
+
+        config = self.scheduler.kv_cache_config
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        return {
+            "weights": weight_bytes(self.worker.get_model()),
+            "kv_pool": sum(tensor.size for tensor in config.kv_cache_tensors),
+            "peak_allocated": peak,
+        }
+
+    def runner(self) -> str:
+        """The model runner, backend and CUDA graph mode in use."""
+        config = self.worker.vllm_config
+        groups = self.worker.model_runner.attn_groups
+        backends = sorted({group.backend.get_name() for of in groups for group in of})
+        mode = config.compilation_config.cudagraph_mode
+        version = "V2" if config.use_v2_model_runner else "V1"
+        ahead = "async" if config.scheduler_config.async_scheduling else "sync"
+        return f"{version}, {ahead}, {'+'.join(backends)}, CUDA graphs {mode.name}"
+
     def stats(self) -> dict[str, Any]:
         """What the policy did so far, and the memory of the weights in bytes."""
         managers = getattr(self.scheduler, "kv_policy_managers", {}).values()
@@ -111,12 +189,16 @@ class EngineSide:
             "weight_bytes": weight_bytes(self.worker.get_model()),
         }
 
+    def _scored_layers(self) -> list[Any]:
+        layers = self.worker.vllm_config.compilation_config.static_forward_context.values()
+        return [x for x in layers if getattr(x.impl, "newest_queries", None) is not None]
+
     def _instrument(self) -> dict[str, _Clock]:
         """Clocks on everything that the policy adds to a step."""
         scoring, eviction, compaction = _Clock(), _Clock(), _Clock()
         scoring.wrap(self.worker._block_scorer, "_score_group")
-        for capture in self.worker._captures:
-            scoring.wrap(capture, "record")
+        for layer in self._scored_layers():
+            scoring.wrap(layer.impl, "keep_newest_queries")
         eviction.wrap(self.worker, "_apply_evictions")
         for group_id, manager in self.scheduler.kv_policy_managers.items():
             for name in ("score_request", "record_scores"):
@@ -155,6 +237,44 @@ class _Clock:
                 setattr(owner, name, function)
             else:
                 delattr(owner, name)
+
+
+class Stopwatch:
+    """Seconds of calls on a device: by its own events where it has a clock of its own."""
+
+    def __init__(self, device: Any) -> None:
+        self._on_gpu = device.type == "cuda"
+
+    def mean(self, call: Callable[[], Any], calls: int) -> float:
+        """Mean seconds of a call, after three that only warm up."""
+        import torch
+
+        for _ in range(3):
+            call()
+        if not self._on_gpu:
+            began = time.perf_counter()
+            for _ in range(calls):
+                call()
+            return (time.perf_counter() - began) / calls
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+
+
+def _follow(owner: Any, name: str, see: Callable[[Any], Any]) -> None:
+    """Show every result of a method to ``see``; ``del owner.name`` ends it."""
+    function = getattr(owner, name)
+
+    def following(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        see(result)
+        return result
+
+    setattr(owner, name, following)
 
 
 class _Counter:

@@ -27,6 +27,7 @@ from .policies import POLICIES, KVPolicy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
@@ -42,8 +43,10 @@ WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker": "vllm_semantic.engine.worker.SemanticWorker",
 }
 
-DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
+DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16, "xformers": 64}
 """Smallest block that a platform's kernels handle well."""
+
+XFORMERS_BACKEND = "vllm_semantic.engine.xformers_backend.XFormersBackend"
 
 _SpecT = TypeVar("_SpecT", bound="type[KVCacheSpec]")
 
@@ -115,6 +118,8 @@ def _reading_flags(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
 def _finishing(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(create_engine_config)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if xformers := wants_xformers(self):
+            xformers_member()
         additional_config = self.additional_config
         if not isinstance(additional_config, dict) or CONFIG_KEY not in additional_config:
             return create_engine_config(self, *args, **kwargs)
@@ -124,7 +129,8 @@ def _finishing(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
         check_vllm_version()
         engine_args = copy.copy(self)
         if engine_args.block_size is None:
-            engine_args.block_size = DEFAULT_BLOCK_SIZE.get(current_platform.device_type)
+            platform = "xformers" if xformers else current_platform.device_type
+            engine_args.block_size = DEFAULT_BLOCK_SIZE.get(platform)
         vllm_config = create_engine_config(engine_args, *args, **kwargs)
         finish_config(vllm_config, policy)
         return vllm_config
@@ -257,7 +263,8 @@ def wrapped_attention_backends() -> Iterator[None]:
 
     from .engine import backend
 
-    members = [AttentionBackendEnum[name] for name in backend.WRAPPED_BACKENDS]
+    known = AttentionBackendEnum.__members__  # XFORMERS only if it was asked for
+    members = [known[name] for name in backend.WRAPPED_BACKENDS if name in known]
     selector._cached_get_attn_backend.cache_clear()
     for member in members:
         register_backend(member, f"{backend.__name__}.{member.name}")
@@ -267,3 +274,20 @@ def wrapped_attention_backends() -> Iterator[None]:
         for member in members:
             member.clear_override()
         selector._cached_get_attn_backend.cache_clear()
+
+
+def wants_xformers(engine_args: Any) -> bool:
+    """Whether ``--attention-backend XFORMERS`` was given; vLLM still holds it as a string."""
+    backend = engine_args.attention_backend or engine_args.attention_config.backend
+    return str(getattr(backend, "name", backend)).upper() == "XFORMERS"
+
+
+def xformers_member() -> AttentionBackendEnum:
+    """The backend of our own, registered on first use; imports no xformers."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if "XFORMERS" not in AttentionBackendEnum.__members__:
+        member = AttentionBackendEnum.register("XFORMERS", XFORMERS_BACKEND)
+        # A spawned process unpickles the configuration before it loads plugins.
+        member.__reduce_ex__ = lambda protocol: (xformers_member, ())  # type: ignore[method-assign]
+    return AttentionBackendEnum["XFORMERS"]

@@ -25,6 +25,11 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cach
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.worker.block_table import BlockTable
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -34,7 +39,7 @@ from vllm_semantic.engine.manager import SemanticManager
 from vllm_semantic.engine.scheduler import AsyncSemanticScheduler, SemanticScheduler
 from vllm_semantic.engine.spec import SemanticSpec
 from vllm_semantic.engine.worker import KVPolicyWorkerMixin, SemanticWorker
-from vllm_semantic.hooks import SCHEDULERS, WORKERS
+from vllm_semantic.hooks import SCHEDULERS, WORKERS, xformers_member
 
 
 def parameters(function: Any) -> list[str]:
@@ -192,7 +197,7 @@ def test_common_metadata_has_what_is_replaced() -> None:
 @pytest.mark.parametrize("name", WRAPPED_BACKENDS)
 def test_wrapped_backends(name: str) -> None:
     """Each base exists; where it imports here, its implementation takes what ours passes on."""
-    member = AttentionBackendEnum[name]
+    member = xformers_member() if name == "XFORMERS" else AttentionBackendEnum[name]
     assert not member.is_overridden()
     try:
         base = member.get_class()
@@ -206,6 +211,39 @@ def test_wrapped_backends(name: str) -> None:
 
 
 # -- worker ----------------------------------------------------------------------------
+
+
+def test_a_backend_can_be_registered_under_a_name() -> None:
+    assert parameters(AttentionBackendEnum.register) == ["name", "value"]
+    assert xformers_member() is xformers_member() is AttentionBackendEnum["XFORMERS"]
+
+
+def test_runner_v2_has_what_the_worker_touches() -> None:
+    """Evictions go into the tables on the device, before they are gathered for a step."""
+    tables = inspect.getsource(BlockTables)
+    assert "self.block_tables: list[StagedWriteTensor]" in tables
+    assert "_gather_block_tables_kernel[" in tables
+    runner = inspect.getsource(GPUModelRunnerV2)
+    for expression in (
+        "self.req_states = RequestState(",
+        "self.block_tables = BlockTables(",
+        "self.output_copy_stream = torch.cuda.Stream(",
+        "self.execute_model_state = ExecuteModelState(",
+    ):
+        assert expression in runner
+    state = inspect.getsource(RequestState)
+    assert "self.req_id_to_index" in state
+    assert "self.index_to_req_id" in state
+    assert "req_ids" in {field.name for field in dataclasses.fields(InputBatch)}
+    assert "req_idx=input_batch.idx_mapping_np" in inspect.getsource(DefaultModelState)
+    finish = inspect.getsource(GPUModelRunnerV2.finish_requests)
+    assert "scheduler_output.preempted_req_ids" in finish
+
+
+def test_in_flight_tokens_are_those_not_settled() -> None:
+    """Where a chunk starts: what is processed and what is in flight."""
+    source = inspect.getsource(KVCacheManager.allocate_slots)
+    assert "total_computed_tokens - request.num_in_flight_tokens" in source
 
 
 def test_runner_has_what_the_worker_touches() -> None:

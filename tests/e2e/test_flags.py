@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_semantic.hooks import SCHEDULERS, WORKERS, finish_config
-from vllm_semantic.policies import SemanticPolicy
+from vllm_semantic.engine.runner import access
+from vllm_semantic.hooks import SCHEDULERS, WORKERS, XFORMERS_BACKEND
 
 SEMANTIC_512 = ["--kv-policy", "semantic", "--kv-policy-config.semantic_tokens", "512"]
 
@@ -69,7 +72,6 @@ def test_no_flag_no_change(llama: str) -> None:
             r"--block-size 128 .*recent_tokens 64; allowed: a block size of at most 64",
         ),
         (["--pipeline-parallel-size", "2"], r"--pipeline-parallel-size 2 \(allowed: 1\)"),
-        (["--tensor-parallel-size", "2"], r"--tensor-parallel-size 2 \(allowed: 1\)"),
         (["--kv-cache-dtype", "fp8"], r"--kv-cache-dtype fp8 \(allowed: auto"),
         (
             ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
@@ -103,11 +105,27 @@ def test_parser_refuses(
     assert message in capsys.readouterr().err
 
 
-def test_runner_v2_is_refused(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configure(llama)
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="does not support Model Runner V2"):
-        finish_config(config, SemanticPolicy())
+def test_xformers_is_chosen_by_name(llama: str) -> None:
+    """A spawned worker unpickles the choice before it loads any plugin."""
+    flags = ("--kv-policy", "semantic", "--attention-backend", "XFORMERS")
+    config = configure(llama, *flags, "--kv-policy-config.semantic_tokens", "512")
+    assert config.cache_config.block_size == 64
+    assert config.attention_config.backend.name == "XFORMERS"
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).get_path())"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        input=pickle.dumps(config.attention_config.backend),
+        capture_output=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.decode().strip().endswith(XFORMERS_BACKEND)
+
+
+def test_an_unknown_runner_is_refused() -> None:
+    """Whatever else may hold block tables one day: nothing is bypassed silently."""
+    with pytest.raises(ValueError, match=r"model runner builtins.object; allowed: vllm.v1"):
+        access(object())
 
 
 def test_another_vllm_is_refused(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,12 @@ import pytest
 from .. import interpreter
 
 SUITES = {
-    "kernels": ["tests/interpreted", "tests/unit/test_compaction.py", "tests/unit/test_scorer.py"],
+    "kernels": [
+        "tests/interpreted/test_scoring.py",
+        "tests/unit/test_compaction.py",
+        "tests/unit/test_scorer.py",
+    ],
+    "backend": ["tests/interpreted/test_triton_attn.py"],
     "identity": [
         "tests/e2e/test_identity.py::test_policy_runs_where_it_says",
         "tests/e2e/test_identity.py::test_ample_budget_changes_nothing[prefix-caching-semantic]",
@@ -36,7 +41,7 @@ SUITES = {
 @pytest.mark.parametrize("suite", SUITES)
 def test_runner_v2(suite: str, repo: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *SUITES[suite]],
+        [sys.executable, "-m", "pytest", *SUITES[suite]],
         cwd=repo,
         env=os.environ | {interpreter.SWITCH: "V2"},
         capture_output=True,

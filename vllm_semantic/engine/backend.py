@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ..ops.compaction import compact_block_table
 
-WRAPPED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
+WRAPPED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "XFORMERS")
 
 EvictedTokens = Callable[[CommonAttentionMetadata], "np.ndarray | None"]
 """Says how many tokens each row of a batch has lost, ``[num_reqs]`` int32 on the host;
@@ -94,6 +94,20 @@ class CompactingBuilder:
         self.captured = True
         return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
 
+    def warm_up(self) -> None:
+        """Run the compaction once, on an empty row."""
+        assert self.buffers is not None
+        block_table, seq_lens = self._rows(self.buffers, 1)
+        compact_block_table(
+            torch.zeros_like(block_table),
+            torch.zeros_like(seq_lens),
+            self.kv_cache_spec.block_size,  # type: ignore[attr-defined]
+            1,
+            self.buffers.num_null_ids,
+            block_table,
+            seq_lens,
+        )
+
     def _compact(
         self, common: CommonAttentionMetadata, buffers: StepBuffers, evicted: np.ndarray
     ) -> CommonAttentionMetadata:
@@ -161,10 +175,15 @@ class CapturingImpl:
         if self.newest_queries is not None and attn_metadata is not None:
             rows = attn_metadata.last_query_rows
             if rows is not None:
-                torch.index_select(query, 0, rows, out=self.newest_queries[: len(rows)])
+                self.keep_newest_queries(query, rows)
         return super().forward(  # type: ignore[misc, no-any-return]
             layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
         )
+
+    def keep_newest_queries(self, query: torch.Tensor, rows: torch.Tensor) -> None:
+        """Copy ``query[rows]`` to where the scorer, and a CUDA graph, look for them."""
+        assert self.newest_queries is not None
+        torch.index_select(query, 0, rows, out=self.newest_queries[: len(rows)])
 
 
 @cache

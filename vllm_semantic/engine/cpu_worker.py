@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from .key_cache import cpu_key_places
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 class SemanticCPUWorker(KVPolicyWorkerMixin, CPUWorker):
     """vLLM's CPU worker with a policy."""
 
-    def _key_places(self, layer: Attention) -> torch.Tensor:
+    def _key_places(self, layer: Attention) -> torch.Tensor | None:
+        if not isinstance(layer.impl, CPUAttentionBackendImpl):
+            return None
         return cpu_key_places(
             layer.kv_cache.shape[2],
             layer.head_size,

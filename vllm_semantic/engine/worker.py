@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from ..config import CONFIG_KEY, policy_from_config
 from ..hooks import wrapped_attention_backends
-from ..messages import KVPolicyStep, attach_scores, step_of
+from ..messages import KVPolicyStep, ScoreRequest, attach_scores, step_of
 from .backend import CapturingImpl, CompactingBuilder, StepBuffers
 from .key_cache import KeyCache, stack_layers
 from .runner import access
@@ -107,6 +107,16 @@ class KVPolicyWorkerMixin(Worker):
             self.runner_access.name,
             ", ".join(sorted(backends)),
         )
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Compile the policy's kernels too, before a request needs them."""
+        for group_id in self._groups:
+            if self.kv_policy.scores_blocks:
+                asked = {group_id: {"": ScoreRequest(0, [0], [0])}}
+                self._block_scorer(asked, rows={"": 0}).collect()
+        for builder in self._builders:
+            builder.warm_up()
+        return super().compile_or_warm_up_model()
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Empty the evicted entries of the block tables, run, and score what was asked."""

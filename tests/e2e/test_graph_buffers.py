@@ -1,0 +1,73 @@
+"""What a full CUDA graph would read: always the same memory, with the right contents.
+
+No graph can be captured on a CPU. But once its builders believe that one was, every step goes
+through the buffers a graph reads, whether blocks were lost or not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm import SamplingParams
+
+from ..engines import engine
+from ..models import random_prompts
+
+OPTIONS = {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 128}
+PROMPTS = random_prompts([600, 60, 900, 300])
+PARAMS = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True, detokenize=False)
+
+
+def run(llm: Any) -> list[Any]:
+    outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    tokens = [tuple(output.outputs[0].token_ids) for output in outputs]
+    return list(zip(tokens, llm.trace.by_index(), strict=True))
+
+
+def builders_of(llm: Any) -> list[Any]:
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    return list(worker._builders)
+
+
+def test_every_step_goes_through_the_same_memory(llama: str) -> None:
+    with engine(llama, policy="semantic", kv_policy_config=OPTIONS) as llm:
+        expected = run(llm)
+    with engine(llama, policy="semantic", kv_policy_config=OPTIONS) as llm:
+        (builder,) = builders_of(llm)
+        build, seen = builder.build, []
+
+        def following(*args: Any, **kwargs: Any) -> Any:
+            metadata = build(*args, **kwargs)
+            seen.append((metadata.block_table, metadata.seq_lens, metadata.last_query_rows))
+            return metadata
+
+        builder.captured, builder.build = True, following
+        assert run(llm) == expected
+    assert len(seen) > PARAMS.max_tokens
+    assert len({tuple(t.data_ptr() for t in tensors) for tensors in seen}) == 1
+    widths = {block_table.shape[1] for block_table, _, _ in seen}
+    # Budget, the tokens of a step in flight and the block being filled: never the whole length.
+    assert widths == {7 + 512 // 32 + 1}
+
+
+def test_capturing_marks_the_builder(llama: str) -> None:
+    """vLLM announces a capture; from then on the buffers are kept up to date."""
+    with engine(llama, policy="semantic", kv_policy_config=OPTIONS) as llm:
+        (builder,) = builders_of(llm)
+        assert not builder.captured
+        common: list[Any] = []
+        build = builder.build
+
+        def catching(
+            common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+        ) -> Any:
+            common.append(common_attn_metadata)
+            return build(common_prefix_len, common_attn_metadata, fast_build)
+
+        builder.build = catching
+        llm.generate(PROMPTS[1:2], SamplingParams(max_tokens=2, detokenize=False), use_tqdm=False)
+        metadata = builder.build_for_cudagraph_capture(common[-1])
+        assert builder.captured
+        assert metadata.block_table.data_ptr() == builder.buffers.block_table.data_ptr()
+        assert metadata.seq_lens.data_ptr() == builder.buffers.seq_lens.data_ptr()
+        assert metadata.last_query_rows.data_ptr() == builder.buffers.last_query_rows.data_ptr()

@@ -1,0 +1,39 @@
+"""Two worker processes that hold half of the heads each do what one does with all of them."""
+
+from __future__ import annotations
+
+import pytest
+from vllm import SamplingParams
+
+from ..engines import engine
+from ..models import random_prompts
+
+OPTIONS = {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 128}
+PROMPTS = random_prompts([600, 60, 900, 300])
+PARAMS = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True, detokenize=False)
+
+Result = list[tuple[list[int], dict[int, list[int]]]]
+
+
+def run(model: str, tensor_parallel_size: int) -> Result:
+    """Tokens and evictions of each prompt."""
+    with engine(
+        model,
+        policy="semantic",
+        kv_policy_config=OPTIONS,
+        tensor_parallel_size=tensor_parallel_size,
+    ) as llm:
+        executor = llm.llm_engine.engine_core.engine_core.model_executor
+        assert executor.parallel_config.world_size == tensor_parallel_size
+        outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        return list(zip(tokens, llm.trace.by_index(), strict=True))
+
+
+def test_two_ranks_are_one(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Workers share the cores: without this vLLM wants a NUMA node for each.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    alone = run(llama, 1)
+    assert all(evictions for _, evictions in alone[:1] + alone[2:])
+    # A rank sees one of the model's two KV heads: its own scores choose other blocks.
+    assert run(llama, 2) == alone

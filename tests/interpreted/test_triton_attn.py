@@ -1,0 +1,29 @@
+"""A backend made for GPUs, wrapped, end to end: vLLM's TRITON_ATTN through the interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from ..e2e.test_oracle import assert_policies_agree
+from ..models import random_prompts
+
+
+def test_triton_attn_agrees_with_oracle(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys lie next to values, blocks are as small as on a GPU."""
+    chosen = []
+
+    def choose(cls: Any, *args: Any, **kwargs: Any) -> str:
+        chosen.append(AttentionBackendEnum.TRITON_ATTN.get_path())
+        return chosen[-1]
+
+    monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(choose))
+    # The interpreter has no device to ask; the kernels use it to choose tile sizes.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    prompts = random_prompts([250, 70])
+    assert_policies_agree(llama, prompts, max_tokens=20, block_size=16, policies=["semantic"])
+    assert set(chosen) == {"vllm_semantic.engine.backend.TRITON_ATTN"}
