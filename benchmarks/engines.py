@@ -64,8 +64,11 @@ class EngineSide:
         """Mean seconds of a step in which every request decodes one token."""
         from vllm import SamplingParams
 
+        # The first to be read decode on while the last are read.
+        num_tokens = sum(map(len, prompts))
+        num_reading = num_tokens // self.scheduler.max_num_scheduled_tokens + 2 * len(prompts)
         params = SamplingParams(
-            max_tokens=num_steps + 2, temperature=0, ignore_eos=True, detokenize=False
+            max_tokens=num_steps + num_reading, temperature=0, ignore_eos=True, detokenize=False
         )
         engine = self.llm.llm_engine
         request_ids = [str(i) for i in range(len(prompts))]
@@ -75,6 +78,8 @@ class EngineSide:
             len(self.scheduler.running) < len(prompts)
         ):
             engine.step()
+            if not engine.has_unfinished_requests():
+                raise RuntimeError(f"the KV pool does not hold {len(prompts)} requests at once")
         clocks = self._instrument() if instrument else {}
         start = time.perf_counter()
         for _ in range(num_steps):

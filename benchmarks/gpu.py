@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"quantization": "bitsandbytes"},
 }
 
+START_SECONDS = 150
+"""What two engines of the largest model may take to start: with less left, none is."""
+
 Results = dict[str, Any]
 
 
@@ -47,14 +49,32 @@ class Sizes:
     num_short: tuple[int, int] = (64, 160)
     """Prompt and new tokens of a request that the budget holds."""
 
+    def pool_tokens(self) -> int:
+        """What a KV pool has to hold for every task; both sides get as much."""
+        return max(
+            self.max_model_len(),
+            (self.kv_context + 512) * self.kv_pool_requests,  # a block or two more for each
+            self.batch * (BUDGET + self.num_steps),
+        )
 
-FULL = Sizes()
+    def max_model_len(self) -> int:
+        return max(self.contexts) + self.num_steps + 64
+
+
+BUDGET = 272
+"""Tokens that the semantic policy keeps with its defaults and blocks of 16."""
+
+SIZES = {
+    "llama-3.1-8b": Sizes(),
+    # Twice and a half the KV cache of the larger model for each token: smaller all over.
+    "pythia-2.8b": Sizes(contexts=(1024, 8192, 32768), batch=128, kv_context=8192),
+}
 QUICK = Sizes(
     contexts=(512, 1024),
     batch=8,
     batch_context=512,
     kv_context=1024,
-    kv_requests=8,
+    kv_requests=4,
     kv_pool_requests=2,
     num_steps=40,
 )
@@ -65,7 +85,6 @@ QUICK = Sizes(
 class Run:
     """One invocation: what it may take, and what it found."""
 
-    sizes: Sizes
     deadline: float
     console: Console = field(default_factory=Console)
     skipped: list[str] = field(default_factory=list)
@@ -86,19 +105,22 @@ def run(
     Results of other models and kinds in the file stay, so that several calls may share the
     work. What there was no time for is named under ``skipped``.
     """
-    this = Run(QUICK if quick else FULL, time.monotonic() + seconds)
+    this = Run(time.monotonic() + seconds)
     report: Results = json.loads(out.read_text()) if out.exists() else {"details": {}}
     report["context"] = context(", ".join(models), kinds=kinds, quick=quick)
     report["correctness"] = check(this)
     with tempfile.TemporaryDirectory() as folder:
         for model in models:
             for kind in kinds:
-                name = f"{model} {kind}"
-                this.console.print(f"[bold]{name}[/]")
+                if this.seconds_left() < START_SECONDS:
+                    this.skipped.append(f"{model} {kind}")
+                    continue
+                this.console.print(f"[bold]{model} {kind}[/]")
                 path = Path(folder) / f"{model}-{kind}"
                 path.mkdir()
                 write = shapes.write_config if kind == "bf16" else shapes.write_checkpoint
-                found = measure(write(model, path), kind, this)
+                sizes = QUICK if quick else SIZES.get(model, QUICK)
+                found = measure(write(model, path), kind, sizes, this)
                 report["details"].setdefault(model, {})[kind] = {
                     "date": report["context"]["date"],
                     "device": report["context"]["machine"]["device"],
@@ -149,17 +171,18 @@ def check(this: Run) -> Results:
 # -- speed -----------------------------------------------------------------------------
 
 
-def measure(model: str, kind: str, this: Run) -> Results:
+def measure(model: str, kind: str, sizes: Sizes, this: Run) -> Results:
     """All tasks for one model and kind, with both engines on the GPU at once."""
-    sizes = this.sizes
-    longest = max(sizes.contexts) + sizes.num_steps + 8
     found: Results = {"figures": {}}
+    graph_sizes = [1 << i for i in range(sizes.batch.bit_length())]
     kwargs: dict[str, Any] = {
         "dtype": "bfloat16",
-        "max_model_len": longest,
+        "max_model_len": sizes.max_model_len(),
         "skip_tokenizer_init": True,
         "max_num_seqs": sizes.batch,
-        "kv_cache_memory_bytes": kv_pool_bytes(model, max(longest, sizes.batch * 512)),
+        "kv_cache_memory_bytes": kv_bytes(model, sizes.pool_tokens()),
+        "gpu_memory_utilization": 0.4,  # of what must be free at start; two engines share
+        "compilation_config": {"cudagraph_capture_sizes": graph_sizes},
         **KINDS[kind],
     }
     with (
@@ -168,31 +191,17 @@ def measure(model: str, kind: str, this: Run) -> Results:
     ):
         sides = {"stock": stock, "semantic": semantic}
         found["runner"] = {name: side.runner() for name, side in sides.items()}
-        for task in (no_eviction, decode_latency, overhead, attention):
-            perform(task, sides, this, found)
+        for task in (no_eviction, decode_latency, overhead, attention, kv_bound):
+            if this.seconds_left() < 30:
+                this.skipped.append(f"{Path(model).name} {task.__name__}")
+                continue
+            began = time.monotonic()
+            figures, detail = task(sides, sizes)
+            found["figures"] |= figures
+            found[task.__name__] = detail | {"took_seconds": time.monotonic() - began}
+            this.console.print(task.__name__, figures, detail)
         found["memory"] = {name: side.memory() for name, side in sides.items()}
-    pool = (sizes.kv_context + 512) * sizes.kv_pool_requests  # and a block or two for each
-    kwargs["kv_cache_memory_bytes"] = kv_pool_bytes(model, pool)
-    with engine(model, **kwargs) as stock, engine(model, "semantic", **kwargs) as semantic:
-        perform(kv_bound, {"stock": stock, "semantic": semantic}, this, found)
     return found
-
-
-def perform(
-    task: Callable[[dict[str, RemoteEngine], Sizes], tuple[dict[str, float], Results]],
-    sides: dict[str, RemoteEngine],
-    this: Run,
-    found: Results,
-) -> None:
-    """Run a task if there is time for it."""
-    if this.seconds_left() < 30:
-        this.skipped.append(task.__name__)
-        return
-    began = time.monotonic()
-    figures, detail = task(sides, this.sizes)
-    found["figures"] |= figures
-    found[task.__name__] = detail | {"took_seconds": time.monotonic() - began}
-    this.console.print(task.__name__, figures, detail)
 
 
 def no_eviction(sides: dict[str, RemoteEngine], sizes: Sizes) -> tuple[dict[str, float], Results]:
@@ -214,10 +223,8 @@ def decode_latency(
             times[name][length] = side.decode_steps(prompt, sizes.num_steps)["seconds"]
     first, last = sizes.contexts[0], sizes.contexts[-1]
     flatness = {name: of[last] / of[first] for name, of in times.items()}
-    return {
-        "decode_flatness_128k_over_1k": flatness["semantic"],
-        "decode_flatness_128k_over_1k_stock": flatness["stock"],
-    }, {"seconds": times}
+    name = f"decode_flatness_{last // 1024}k_over_{first // 1024}k"
+    return {name: flatness["semantic"], f"{name}_stock": flatness["stock"]}, {"seconds": times}
 
 
 def overhead(sides: dict[str, RemoteEngine], sizes: Sizes) -> tuple[dict[str, float], Results]:
@@ -226,10 +233,9 @@ def overhead(sides: dict[str, RemoteEngine], sizes: Sizes) -> tuple[dict[str, fl
     The policy decodes far over its budget; stock decodes around a context as long as the
     budget. The rest is scoring, compaction, transport and the scheduler's part of them.
     """
-    budget = 272
-    near = random_tokens(sizes.batch, budget - sizes.num_steps // 2)
+    near = random_tokens(sizes.batch, BUDGET - sizes.num_steps // 2)
     far = random_tokens(sizes.batch, sizes.batch_context)
-    seconds = {"stock": [], "semantic": []}  # type: dict[str, list[float]]
+    seconds: dict[str, list[float]] = {"stock": [], "semantic": []}
     for _ in range(2):
         for name, prompts in (("stock", near), ("semantic", far)):
             seconds[name].append(sides[name].decode_steps(prompts, sizes.num_steps)["seconds"])
@@ -269,14 +275,15 @@ def kv_bound(sides: dict[str, RemoteEngine], sizes: Sizes) -> tuple[dict[str, fl
         speeds[name] = num_requests / seconds
     evicted = sides["semantic"].stats()["evicted_blocks"]
     assert evicted > 0, "nothing was evicted: the figure would say nothing"
-    return {"kv_bound_throughput_ratio_32k": speeds["semantic"] / speeds["stock"]}, {
+    name = f"kv_bound_throughput_ratio_{sizes.kv_context // 1024}k"
+    return {name: speeds["semantic"] / speeds["stock"]}, {
         "tokens_per_second": speeds,
         "requests": {"stock": sizes.kv_pool_requests, "semantic": sizes.kv_requests},
         "evicted_blocks": evicted,
     }
 
 
-def kv_pool_bytes(model: str, num_tokens: int) -> int:
+def kv_bytes(model: str, num_tokens: int) -> int:
     """Bytes of keys and values of ``num_tokens`` tokens in bf16."""
     from transformers import AutoConfig
 
