@@ -29,6 +29,7 @@ def main() -> None:
     task = tasks.add_parser("gpu", help="correctness and speed on one GPU, random weights")
     task.add_argument("--model", action="append", choices=shapes.SHAPES, help="repeatable")
     task.add_argument("--kind", action="append", choices=gpu.KINDS, help="repeatable")
+    task.add_argument("--policy", action="append", help="repeatable; default: semantic, streaming")
     task.add_argument("--seconds", type=float, default=520, help="no task starts after that")
     task.add_argument("--quick", action="store_true", help="tiny sizes: that it runs, no figures")
     task.add_argument("--out", type=Path, default=RESULTS / "figures-gpu.json")
@@ -45,7 +46,9 @@ def main() -> None:
         figures.run(args.model, args.rounds, args.out, args.only)
     elif args.task == "gpu":
         models = args.model or (["tiny"] if args.quick else [gpu.MAIN_MODEL, "pythia-2.8b"])
-        gpu.run(models, args.kind or list(gpu.KINDS), args.out, args.seconds, args.quick)
+        policies = args.policy or ["semantic", "streaming"]
+        kinds = args.kind or list(gpu.KINDS)
+        gpu.run(models, kinds, policies, args.out, args.seconds, args.quick)
     else:
         readme.run()
 

@@ -16,13 +16,13 @@ class EngineSide:
     def __init__(self, model: str, policy: str | None, options: dict[str, int], kwargs: Any):
         from vllm_semantic import LLM
 
-        from .forcing import ForcedText
+        from .forcing import forcing_options
 
         self.llm = LLM(
             model,
             kv_policy=policy,
             kv_policy_config=options or None,
-            logits_processors=[ForcedText],
+            **forcing_options(),
             enable_prefix_caching=False,
             disable_log_stats=True,
             use_tqdm_on_load=False,
@@ -154,6 +154,12 @@ class EngineSide:
                 num_bytes += tokens * per_token
         return {"seconds": seconds, "kept_kv_bytes": num_bytes}
 
+    def kernels(self) -> dict[str, float]:
+        """Largest differences between the device's kernels and their references."""
+        from .kernels import compare
+
+        return compare(self.worker.model_runner.device)
+
     def bandwidth(self, num_bytes: int = 2 << 30) -> float:
         """Bytes a second that this machine reads, measured by summing a large tensor."""
         import torch
@@ -172,6 +178,14 @@ class EngineSide:
             "weights": weight_bytes(self.worker.get_model()),
             "kv_pool": sum(tensor.size for tensor in config.kv_cache_tensors),
             "peak_allocated": peak,
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """What vLLM chose."""
+        config = self.worker.vllm_config
+        return {
+            "block_size": config.cache_config.block_size,
+            "async_scheduling": bool(config.scheduler_config.async_scheduling),
         }
 
     def runner(self) -> str:
@@ -364,7 +378,6 @@ def engine(
 ) -> Iterator[RemoteEngine]:
     """Start an engine in a process of its own; stop it at the end."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no process behind the process
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     spawn = multiprocessing.get_context("spawn")

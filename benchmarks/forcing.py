@@ -1,20 +1,21 @@
-"""Teacher forcing by a logits processor: the engine decodes a text that is already there."""
+"""Teacher forcing: the engine decodes a text that is already there, and says how likely it was.
+
+Model Runner V2 replays traces by itself (``--enable-trace-replay``); V1 takes a logits processor.
+Log-probabilities are the model's own with either (``logprobs_mode`` raw).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
+from vllm.triton_utils import HAS_TRITON
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 
 class ForcedText(AdapterLogitsProcessor):
-    """Leaves one token to choose from: the next of ``extra_args["forced_token_ids"]``.
-
-    Log-probabilities are taken before logits processors (``logprobs_mode`` raw), so they are
-    the model's own.
-    """
+    """Leaves one token to choose from: the next of ``extra_args["forced_token_ids"]``."""
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -33,13 +34,29 @@ class ForcedText(AdapterLogitsProcessor):
         return force
 
 
+def replays_traces() -> bool:
+    """Whether vLLM chooses Model Runner V2 here (``VllmConfig.use_v2_model_runner``)."""
+    chosen = envs.VLLM_USE_V2_MODEL_RUNNER
+    return HAS_TRITON if chosen is None else bool(chosen)
+
+
+def forcing_options() -> dict[str, Any]:
+    """What an engine needs so that :func:`forced_params` are obeyed."""
+    if replays_traces():
+        return {"enable_trace_replay": True}
+    return {"logits_processors": [ForcedText]}
+
+
 def forced_params(token_ids: list[int]) -> SamplingParams:
     """Decode exactly ``token_ids`` and say how likely each was."""
+    forced: dict[str, Any] = {"extra_args": {"forced_token_ids": token_ids}}
+    if replays_traces():
+        forced = {"trace_decode_token_ids": token_ids}
     return SamplingParams(
         max_tokens=len(token_ids),
         temperature=0,
         ignore_eos=True,
         detokenize=False,
         logprobs=0,
-        extra_args={"forced_token_ids": token_ids},
+        **forced,
     )

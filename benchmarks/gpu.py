@@ -6,7 +6,9 @@ choice of runner, asynchronous scheduling, torch.compile, CUDA graphs.
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import shapes
+from . import shapes, texts
 from .context import MODEL, RESULTS, context
 from .engines import RemoteEngine, engine
 from .figures import alternate, random_tokens, ratio, tokens_per_second
@@ -96,42 +98,44 @@ class Run:
 def run(
     models: list[str],
     kinds: list[str],
+    policies: list[str],
     out: Path = RESULTS / "figures-gpu.json",
     seconds: float = 520,
     quick: bool = False,
 ) -> None:
-    """Check, then measure each model and kind until the time is up.
+    """Check, then measure each model, kind and policy until the time is up.
 
-    Results of other models and kinds in the file stay, so that several calls may share the
+    Results of others in the file stay, so that several calls may share the
     work. What there was no time for is named under ``skipped``.
     """
     this = Run(time.monotonic() + seconds)
     report: Results = json.loads(out.read_text()) if out.exists() else {"details": {}}
     report["context"] = context(", ".join(models), kinds=kinds, quick=quick)
     report["correctness"] = check(this)
+    report.setdefault("skipped", [])
     with tempfile.TemporaryDirectory() as folder:
-        for model in models:
-            for kind in kinds:
+        for model, kind in itertools.product(models, kinds):
+            path = Path(folder) / f"{model}-{kind}"
+            path.mkdir()
+            write = shapes.write_config if kind == "bf16" else shapes.write_checkpoint
+            for policy in policies:
                 if this.seconds_left() < START_SECONDS:
-                    this.skipped.append(f"{model} {kind}")
+                    this.skipped.append(f"{model} {kind} {policy}")
                     continue
-                this.console.print(f"[bold]{model} {kind}[/]")
-                path = Path(folder) / f"{model}-{kind}"
-                path.mkdir()
-                write = shapes.write_config if kind == "bf16" else shapes.write_checkpoint
+                this.console.print(f"[bold]{model} {kind} {policy}[/]")
+                written = str(path) if any(path.iterdir()) else write(model, path)
                 sizes = QUICK if quick else SIZES.get(model, QUICK)
-                found = measure(write(model, path), kind, sizes, this)
-                report["details"].setdefault(model, {})[kind] = {
-                    "date": report["context"]["date"],
-                    "device": report["context"]["machine"]["device"],
-                    **found,
-                }
-                if model == models[0] and (model == MAIN_MODEL or quick):
+                found = measure(written, kind, policy, sizes, this)
+                found |= {name: report["context"][name] for name in ("date", "machine")}
+                details = report["details"].setdefault(model, {}).setdefault(kind, {})
+                details[policy] = found
+                if model in (MAIN_MODEL, models[0]) and policy == "semantic":
                     figures = found["figures"].items()
                     report |= {f"{key}_{kind}": value for key, value in figures}
                 report["skipped"] = this.skipped
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps(report, indent=1) + "\n")
+            shutil.rmtree(path)
     for key, value in report.items():
         if isinstance(value, float):
             this.console.print(f"{key:<48}{value:10.4f}")
@@ -141,38 +145,80 @@ def run(
 
 
 def check(this: Run) -> Results:
-    """Greedy tokens: stock vLLM's where nothing is evicted; else that eviction fired.
+    """Kernels against their references, likelihoods against the oracle, tokens against stock.
 
-    The bundled model has real weights; its tokens say more than those of random ones.
+    The bundled model has real weights; what it says means more than what random ones say.
     """
     prompts = random_tokens(6, 300) + random_tokens(2, 900)
-    kwargs = {"dtype": "bfloat16", "max_model_len": 2048, "gpu_memory_utilization": 0.2}
+    kwargs: dict[str, Any] = {"max_model_len": 2048, "gpu_memory_utilization": 0.2}
+    half = kwargs | {"dtype": "bfloat16", "block_size": 32}
     with (
-        engine(str(MODEL), block_size=32, **kwargs) as stock,
-        engine(str(MODEL), "semantic", {"semantic_tokens": 1536}, **kwargs) as ample,
-        engine(str(MODEL), "semantic", **kwargs) as tight,
+        engine(str(MODEL), **half) as stock,
+        engine(str(MODEL), "semantic", {"semantic_tokens": 1536}, **half) as ample,
+        engine(str(MODEL), "semantic", **half) as tight,
     ):
         expected = stock.tokens(prompts, 128)
-        same = [a == b for a, b in zip(expected, ample.tokens(prompts, 128), strict=True)]
-        together = tight.tokens(prompts, 128)
-        alone = [tight.tokens([prompt], 128)[0] for prompt in prompts]
         results = {
             "runner": tight.runner(),
-            "ample_budget_equals_stock": sum(same) / len(same),
-            "same_in_a_batch_as_alone": sum(a == b for a, b in zip(together, alone, strict=True))
-            / len(prompts),
+            "kernel_differences": tight.kernels(),
+            "ample_budget_equals_stock": share_equal(expected, ample.tokens(prompts, 128)),
+            "batch_equals_alone": share_equal(
+                tight.tokens(prompts, 128), [tight.tokens([prompt], 128)[0] for prompt in prompts]
+            ),
             "evicted_blocks": tight.stats()["evicted_blocks"],
         }
     assert results["evicted_blocks"] > 0, "nothing was evicted"
+    with engine(
+        str(MODEL), "semantic", **kwargs, dtype="float32", max_num_batched_tokens=512
+    ) as side:
+        results["oracle"] = against_oracle(side)
     this.console.print(results)
     return results
+
+
+def share_equal(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """Of all texts, how many are the same to the last token; batches round differently."""
+    return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
+
+
+def against_oracle(side: RemoteEngine) -> Results:
+    """Log-likelihoods of real text in float32, over budget, against transformers'."""
+    from tests.oracle import Case, judge
+
+    documents = texts.documents(texts.TEXTS / "books", str(MODEL), 700)[:2]
+    settings = side.settings()
+    nll = side.nll(documents, 400)["nll"]
+    cases = [
+        Case(
+            str(MODEL),
+            document,
+            num_prompt_tokens=400,
+            block_size=settings["block_size"],
+            prefill_interval=512,
+            sink_tokens=8,
+            recent_tokens=64,
+            semantic_tokens=192,
+            eviction_delay=int(settings["async_scheduling"]),
+        )
+        for document in documents
+    ]
+    differences = [
+        abs(-loss - logprob)
+        for losses, verdict in zip(nll, judge(cases), strict=True)
+        for loss, logprob in zip(losses, verdict.logprobs, strict=True)
+    ]
+    assert side.stats()["evicted_blocks"] > 0, "nothing was evicted"
+    return {
+        "mean_difference": sum(differences) / len(differences),
+        "largest_difference": max(differences),
+    }
 
 
 # -- speed -----------------------------------------------------------------------------
 
 
-def measure(model: str, kind: str, sizes: Sizes, this: Run) -> Results:
-    """All tasks for one model and kind, with both engines on the GPU at once."""
+def measure(model: str, kind: str, policy: str, sizes: Sizes, this: Run) -> Results:
+    """All tasks for one model, kind and policy, with both engines on the GPU at once."""
     found: Results = {"figures": {}}
     graph_sizes = [1 << i for i in range(sizes.batch.bit_length())]
     kwargs: dict[str, Any] = {
@@ -187,9 +233,9 @@ def measure(model: str, kind: str, sizes: Sizes, this: Run) -> Results:
     }
     with (
         engine(model, **kwargs) as stock,
-        engine(model, "semantic", **kwargs) as semantic,
+        engine(model, policy, **kwargs) as bounded,
     ):
-        sides = {"stock": stock, "semantic": semantic}
+        sides = {"stock": stock, "policy": bounded}
         found["runner"] = {name: side.runner() for name, side in sides.items()}
         for task in (no_eviction, decode_latency, overhead, attention, kv_bound):
             if this.seconds_left() < 30:
@@ -209,7 +255,7 @@ def no_eviction(sides: dict[str, RemoteEngine], sizes: Sizes) -> tuple[dict[str,
     num_prompt, num_new = sizes.num_short
     prompts = random_tokens(sizes.batch, num_prompt)
     speeds = alternate(sides, 3, lambda side: tokens_per_second(side, prompts, num_new))
-    return {"no_eviction_throughput_ratio": ratio(speeds, "semantic", "stock")}, speeds
+    return {"no_eviction_throughput_ratio": ratio(speeds, "policy", "stock")}, speeds
 
 
 def decode_latency(
@@ -224,7 +270,7 @@ def decode_latency(
     first, last = sizes.contexts[0], sizes.contexts[-1]
     flatness = {name: of[last] / of[first] for name, of in times.items()}
     name = f"decode_flatness_{last // 1024}k_over_{first // 1024}k"
-    return {name: flatness["semantic"], f"{name}_stock": flatness["stock"]}, {"seconds": times}
+    return {name: flatness["policy"], f"{name}_stock": flatness["stock"]}, {"seconds": times}
 
 
 def overhead(sides: dict[str, RemoteEngine], sizes: Sizes) -> tuple[dict[str, float], Results]:
@@ -235,18 +281,18 @@ def overhead(sides: dict[str, RemoteEngine], sizes: Sizes) -> tuple[dict[str, fl
     """
     near = random_tokens(sizes.batch, BUDGET - sizes.num_steps // 2)
     far = random_tokens(sizes.batch, sizes.batch_context)
-    seconds: dict[str, list[float]] = {"stock": [], "semantic": []}
+    seconds: dict[str, list[float]] = {"stock": [], "policy": []}
     for _ in range(2):
-        for name, prompts in (("stock", near), ("semantic", far)):
+        for name, prompts in (("stock", near), ("policy", far)):
             seconds[name].append(sides[name].decode_steps(prompts, sizes.num_steps)["seconds"])
-    share = 1 - min(seconds["stock"]) / min(seconds["semantic"])
+    share = 1 - min(seconds["stock"]) / min(seconds["policy"])
     return {"scoring_share_of_step": share}, {"seconds": seconds}
 
 
 def attention(sides: dict[str, RemoteEngine], sizes: Sizes) -> tuple[dict[str, float], Results]:
     """Attention of a full batch over the time to read the kept keys and values once."""
     prompts = random_tokens(sizes.batch, sizes.batch_context)
-    semantic = sides["semantic"]
+    semantic = sides["policy"]
     bandwidth = semantic.bandwidth()
     measured = semantic.attention(prompts)
     memory = semantic.memory()
@@ -268,17 +314,17 @@ def kv_bound(sides: dict[str, RemoteEngine], sizes: Sizes) -> tuple[dict[str, fl
     speeds = {}
     for name, num_requests in (
         ("stock", sizes.kv_pool_requests),
-        ("semantic", sizes.kv_requests),
+        ("policy", sizes.kv_requests),
     ):
         prompts = random_tokens(num_requests, sizes.kv_context - sizes.num_steps)
         seconds = sides[name].decode_steps(prompts, sizes.num_steps)["seconds"]
         speeds[name] = num_requests / seconds
-    evicted = sides["semantic"].stats()["evicted_blocks"]
+    evicted = sides["policy"].stats()["evicted_blocks"]
     assert evicted > 0, "nothing was evicted: the figure would say nothing"
     name = f"kv_bound_throughput_ratio_{sizes.kv_context // 1024}k"
-    return {name: speeds["semantic"] / speeds["stock"]}, {
+    return {name: speeds["policy"] / speeds["stock"]}, {
         "tokens_per_second": speeds,
-        "requests": {"stock": sizes.kv_pool_requests, "semantic": sizes.kv_requests},
+        "requests": {"stock": sizes.kv_pool_requests, "policy": sizes.kv_requests},
         "evicted_blocks": evicted,
     }
 

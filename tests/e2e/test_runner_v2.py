@@ -22,7 +22,7 @@ SUITES = {
         "tests/unit/test_compaction.py",
         "tests/unit/test_scorer.py",
     ],
-    "backend": ["tests/interpreted/test_triton_attn.py"],
+    "backend": ["tests/interpreted/test_triton_attn.py", "tests/interpreted/test_forcing.py"],
     "identity": [
         "tests/e2e/test_identity.py::test_policy_runs_where_it_says",
         "tests/e2e/test_identity.py::test_ample_budget_changes_nothing[prefix-caching-semantic]",
