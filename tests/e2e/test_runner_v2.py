@@ -29,6 +29,7 @@ SUITES = {
     ],
     "oracle": [
         "tests/e2e/test_oracle.py::test_engine_agrees_with_oracle[llama-32]",
+        "tests/e2e/test_oracle.py::test_engine_agrees_with_oracle[neox-64]",
         "tests/e2e/test_oracle.py::test_engine_agrees_with_oracle[gemma-32]",
     ],
     "state": [

@@ -27,13 +27,16 @@ from vllm.v1.kv_cache_interface import (
     create_kv_cache_views,
 )
 
-from vllm_semantic.engine import xformers_backend
 from vllm_semantic.engine.xformers_backend import (
-    Call,
+    HEAD_SIZES,
     XFormersBackend,
     XFormersImpl,
     XFormersMetadata,
     XFormersMetadataBuilder,
+)
+from vllm_semantic.engine.xformers_calls import (
+    PAGE_MULTIPLE,
+    Call,
     gathered_keys_and_values,
     paged_keys_and_values,
     plan_calls,
@@ -255,7 +258,7 @@ def test_only_the_declared_layout_can_be_viewed(layout: KVCacheLayout) -> None:
 # -- what xformers says of our inputs --------------------------------------------------
 
 
-@pytest.mark.parametrize("head_size", xformers_backend.HEAD_SIZES)
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize(
     ("query_len", "page_size", "group"), [(1, 64, 4), (16, 128, 1), (3, 192, 8)]
 )
@@ -277,7 +280,7 @@ def test_split_k_refuses_nothing_but_the_device(
     assert reasons == ["device=cpu (supported: {'cuda'})"]
 
 
-@pytest.mark.parametrize("head_size", xformers_backend.HEAD_SIZES)
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("group", [1, 4])
 def test_an_operator_for_prefill_refuses_nothing_but_this_machine(
     head_size: int, group: int
@@ -452,8 +455,8 @@ def test_names() -> None:
     assert XFormersBackend.get_impl_cls() is XFormersImpl
     assert XFormersBackend.get_builder_cls() is XFormersMetadataBuilder
     assert XFormersMetadataBuilder._cudagraph_support is AttentionCGSupport.NEVER
-    assert XFormersBackend.get_preferred_block_size(16) == xformers_backend.PAGE_MULTIPLE
-    assert fmha.triton_splitk.FwOp.BLOCK_N == xformers_backend.PAGE_MULTIPLE
+    assert XFormersBackend.get_preferred_block_size(16) == PAGE_MULTIPLE
+    assert fmha.triton_splitk.FwOp.BLOCK_N == PAGE_MULTIPLE
 
 
 # -- the decode kernel, interpreted ----------------------------------------------------

@@ -27,7 +27,7 @@ class PendingScores:
     Args:
         asked: by KV cache group and request.
         means: per group, ``[num_blocks]`` fp32 on the device, requests in their order.
-        copy_stream: what to copy on; ``None`` copies at once.
+        copy_stream: what to copy on; ``None`` copies when they are collected.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class PendingScores:
     ) -> None:
         self._asked = asked
         self._on_device = means  # alive until it has been copied
+        self._on_host = means
         self._copied: torch.cuda.Event | None = None
         if copy_stream is None:
-            self._on_host = {group_id: mean.cpu() for group_id, mean in means.items()}
             return
         ready = torch.cuda.current_stream().record_event()
         with torch.cuda.stream(copy_stream):

@@ -13,6 +13,7 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.gpu_sync_debug import with_gpu_sync_check
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -118,6 +119,7 @@ class KVPolicyWorkerMixin(Worker):
             builder.warm_up()
         return super().compile_or_warm_up_model()
 
+    @with_gpu_sync_check  # VLLM_GPU_SYNC_CHECK holds us to what vLLM holds itself to
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Empty the evicted entries of the block tables, run, and score what was asked."""
         step = step_of(scheduler_output) or KVPolicyStep()
