@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
-from . import demo, figures, gpu, readme, shapes
+from . import demo, figures, gpu, quality, readme, shapes
 from .context import MODEL, RESULTS
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(name for name in value.split(",") if name)
 
 
 def main() -> None:
@@ -26,6 +31,22 @@ def main() -> None:
     task.add_argument("--out", type=Path, default=RESULTS / "figures.json")
     task.add_argument("--only", action="append", help="measure this task alone; repeatable")
 
+    task = tasks.add_parser("quality", help="perplexity under each policy, with intervals")
+    default = quality.Settings(str(MODEL))
+    task.add_argument("--model", default=default.model)
+    for name in ("policies", "quantization", "texts"):
+        values = getattr(default, name)
+        task.add_argument(f"--{name}", type=_names, default=values, help=f"default: {values}")
+    task.add_argument("--mode", choices=("decode", "prefill"), default=default.mode)
+    for name in ("budget", "num_tokens", "num_prompt", "max_documents", "block_size"):
+        flag = f"--{name.replace('_', '-')}"
+        task.add_argument(
+            flag, type=int, default=getattr(default, name), help="default: %(default)s"
+        )
+    task.add_argument("--dtype", default=default.dtype)
+    task.add_argument("--preset", choices=quality.PRESETS, help="overrides what it names")
+    task.add_argument("--out", type=Path, default=RESULTS / "quality.json")
+
     task = tasks.add_parser("gpu", help="correctness and speed on one GPU, random weights")
     task.add_argument("--model", action="append", choices=shapes.SHAPES, help="repeatable")
     task.add_argument("--kind", action="append", choices=gpu.KINDS, help="repeatable")
@@ -44,6 +65,10 @@ def main() -> None:
         )
     elif args.task == "figures":
         figures.run(args.model, args.rounds, args.out, args.only)
+    elif args.task == "quality":
+        options = {f.name: getattr(args, f.name) for f in dataclasses.fields(quality.Settings)}
+        options |= quality.PRESETS[args.preset] if args.preset else {}
+        quality.run(quality.Settings(**options), args.out)
     elif args.task == "gpu":
         models = args.model or (["tiny"] if args.quick else [gpu.MAIN_MODEL, "pythia-2.8b"])
         policies = args.policy or ["semantic", "streaming"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from .clocks import Clock, Stopwatch, count_calls, follow
 
 
 class EngineSide:
@@ -38,7 +40,7 @@ class EngineSide:
         """Serve a batch; seconds, generated tokens, preemptions."""
         from vllm import SamplingParams
 
-        preemptions = _count_calls(self.scheduler, "_preempt_request")
+        preemptions = count_calls(self.scheduler, "_preempt_request")
         params = SamplingParams(
             max_tokens=num_new, temperature=0, ignore_eos=True, detokenize=False
         )
@@ -47,6 +49,22 @@ class EngineSide:
         seconds = time.perf_counter() - start
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         return {"seconds": seconds, "tokens": tokens, "preemptions": preemptions.count}
+
+    def nll_of_prompts(self, documents: list[list[int]], num_prompt: int) -> dict[str, Any]:
+        """The same, but each document is read as a prompt, in chunks."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=1, temperature=0, ignore_eos=True, detokenize=False, prompt_logprobs=0
+        )
+        start = time.perf_counter()
+        outputs = self.llm.generate(_prompts(documents), params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        nll = []
+        for document, output in zip(documents, outputs, strict=True):
+            rows = zip(document[num_prompt:], output.prompt_logprobs[num_prompt:], strict=True)
+            nll.append([-row[token].logprob for token, row in rows])
+        return {"nll": nll, "seconds": seconds}
 
     def tokens(self, prompts: list[list[int]], num_new: int) -> list[list[int]]:
         """Greedy tokens of a batch."""
@@ -132,7 +150,7 @@ class EngineSide:
             for builder in attn_group.metadata_builders
         ]
         for attn_group, builder in builders:
-            _follow(builder, "build", lambda metadata, g=attn_group: caught.append((g, metadata)))
+            follow(builder, "build", lambda metadata, g=attn_group: caught.append((g, metadata)))
         self.decode_steps(prompts, 4)
         for _, builder in builders:
             del builder.build
@@ -212,9 +230,9 @@ class EngineSide:
         layers = self.worker.vllm_config.compilation_config.static_forward_context.values()
         return [x for x in layers if getattr(x.impl, "newest_queries", None) is not None]
 
-    def _instrument(self) -> dict[str, _Clock]:
+    def _instrument(self) -> dict[str, Clock]:
         """Clocks on everything that the policy adds to a step."""
-        scoring, eviction, compaction = _Clock(), _Clock(), _Clock()
+        scoring, eviction, compaction = Clock(), Clock(), Clock()
         scoring.wrap(self.worker._block_scorer, "_score_group")
         for layer in self._scored_layers():
             scoring.wrap(layer.impl, "keep_newest_queries")
@@ -228,87 +246,6 @@ class EngineSide:
                 for builder in attn_group.metadata_builders:
                     compaction.wrap(builder, "_compact")
         return {"scoring": scoring, "eviction": eviction, "compaction": compaction}
-
-
-class _Clock:
-    """Seconds spent in some methods of some objects."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._wrapped: list[tuple[Any, str, Any, bool]] = []
-
-    def wrap(self, owner: Any, name: str) -> None:
-        function = getattr(owner, name)
-        self._wrapped.append((owner, name, function, name in vars(owner)))
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds += time.perf_counter() - start
-
-        setattr(owner, name, timed)
-
-    def remove(self) -> None:
-        for owner, name, function, own in self._wrapped:
-            if own:
-                setattr(owner, name, function)
-            else:
-                delattr(owner, name)
-
-
-class Stopwatch:
-    """Seconds of calls on a device: by its own events where it has a clock of its own."""
-
-    def __init__(self, device: Any) -> None:
-        self._on_gpu = device.type == "cuda"
-
-    def mean(self, call: Callable[[], Any], calls: int) -> float:
-        """Mean seconds of a call, after three that only warm up."""
-        import torch
-
-        for _ in range(3):
-            call()
-        if not self._on_gpu:
-            began = time.perf_counter()
-            for _ in range(calls):
-                call()
-            return (time.perf_counter() - began) / calls
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / calls
-
-
-def _follow(owner: Any, name: str, see: Callable[[Any], Any]) -> None:
-    """Show every result of a method to ``see``; ``del owner.name`` ends it."""
-    function = getattr(owner, name)
-
-    def following(*args: Any, **kwargs: Any) -> Any:
-        result = function(*args, **kwargs)
-        see(result)
-        return result
-
-    setattr(owner, name, following)
-
-
-class _Counter:
-    count = 0
-
-
-def _count_calls(owner: Any, name: str) -> _Counter:
-    counter, function = _Counter(), getattr(type(owner), name)
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        counter.count += 1
-        return function(owner, *args, **kwargs)
-
-    setattr(owner, name, counting)
-    return counter
 
 
 def _prompts(token_ids: list[list[int]]) -> list[dict[str, list[int]]]:

@@ -228,7 +228,7 @@ def measure(model: str, kind: str, policy: str, sizes: Sizes, this: Run) -> Resu
         "max_model_len": sizes.max_model_len(),
         "skip_tokenizer_init": True,
         "max_num_seqs": sizes.batch,
-        "kv_cache_memory_bytes": kv_bytes(model, sizes.pool_tokens()),
+        "kv_cache_memory_bytes": shapes.kv_bytes(model, sizes.pool_tokens()),
         "gpu_memory_utilization": 0.4,  # of what must be free at start; two engines share
         "compilation_config": {"cudagraph_capture_sizes": graph_sizes},
         **KINDS[kind],
@@ -329,13 +329,3 @@ def kv_bound(sides: dict[str, RemoteEngine], sizes: Sizes) -> tuple[dict[str, fl
         "requests": {"stock": sizes.kv_pool_requests, "policy": sizes.kv_requests},
         "evicted_blocks": evicted,
     }
-
-
-def kv_bytes(model: str, num_tokens: int) -> int:
-    """Bytes of keys and values of ``num_tokens`` tokens in bf16."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model)
-    num_kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    head_size = config.hidden_size // config.num_attention_heads
-    return num_tokens * config.num_hidden_layers * num_kv_heads * head_size * 2 * 2

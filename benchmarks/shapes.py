@@ -109,3 +109,15 @@ def write_checkpoint(name: str, folder: Path) -> str:
         json.dumps({"metadata": {}, "weight_map": index})
     )
     return str(folder)
+
+
+def kv_bytes(model: str, num_tokens: int, itemsize: int = 2) -> int:
+    """Bytes of the keys and values of ``num_tokens`` tokens, ``itemsize`` bytes a number."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    num_kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    return num_tokens * config.num_hidden_layers * num_kv_heads * head_size * 2 * itemsize

@@ -250,6 +250,7 @@ def test_runner_has_what_the_worker_touches() -> None:
     source = inspect.getsource(GPUModelRunner)
     for expression in ("self.input_batch", "self.requests", "self.attn_groups"):
         assert expression in source
+    assert "with self.synchronize_input_prep():" in source, "who writes its host tensors waits"
     assert "self.block_table = self._make_buffer(" in inspect.getsource(BlockTable.__init__)
     append = inspect.getsource(BlockTable.append_row)
     assert "self.num_blocks_per_row[row_idx] += num_blocks" in append, "rows only grow"

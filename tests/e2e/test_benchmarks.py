@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from benchmarks import quality
+from benchmarks.context import MODEL
 from benchmarks.engines import engine
+from vllm_semantic.policies import SemanticPolicy, StreamingPolicy
 
 from ..models import random_prompts
 from ..oracle import Case, judge
@@ -43,3 +49,40 @@ def test_forced_text_and_memory(llama: str) -> None:
     assert stats["evicted_blocks"] == len(evicted) > 0
     on_disk = load_file(Path(llama) / "model.safetensors")
     assert stats["weight_bytes"] == sum(tensor.nbytes for tensor in on_disk.values())
+
+
+def test_quality(tmp_path: Path) -> None:
+    """One command, real text: what it reports hangs together."""
+    settings = quality.Settings(
+        str(MODEL),
+        policies=("full", "streaming"),
+        quantization=("none",),
+        budget=104,
+        num_tokens=400,
+        num_prompt=200,
+        max_documents=2,
+        dtype="float32",
+        block_size=32,
+    )
+    report = quality.run(settings, tmp_path / "decode.json")
+    assert (
+        json.loads((tmp_path / "decode.json").read_text())["rows"].keys() == report["rows"].keys()
+    )
+    full, streaming = report["rows"]["full"], report["rows"]["streaming"]
+    assert full["evicted_blocks"] == 0 < streaming["evicted_blocks"]
+    for text, difference in report["differences"]["full - streaming"].items():
+        ratio = full["perplexity"][text] / streaming["perplexity"][text]
+        assert difference["mean"] == pytest.approx(math.log(ratio), rel=1e-9)
+        assert difference["ci_low"] <= difference["mean"] <= difference["ci_high"]
+    # With every block kept it does not matter how a text is read.
+    chunked = replace(settings, policies=("full",), mode="prefill")
+    read = quality.run(chunked, tmp_path / "prefill.json")["rows"]["full"]
+    assert read["perplexity"] == pytest.approx(full["perplexity"], rel=1e-4)
+
+
+@pytest.mark.parametrize("budget", [0, 72])
+def test_a_budget_without_room_is_refused(budget: int) -> None:
+    with pytest.raises(ValueError, match=f"--budget {budget} is too small for semantic"):
+        quality.policy_options("semantic", budget)
+    assert quality.policy_options("semantic", 264) == SemanticPolicy.options()
+    assert quality.policy_options("streaming", 264) == StreamingPolicy.options()

@@ -58,18 +58,25 @@ class RunnerV1(RunnerAccess):
     def null_blocks(
         self, group_id: int, evictions: Mapping[str, BlockIndices], kernel_blocks: int
     ) -> None:
+        # The last step may still be copying these rows to the device.
+        with self._runner.synchronize_input_prep():
+            for request_id, block_indices in evictions.items():
+                self._null_row(group_id, request_id, block_indices, kernel_blocks)
+
+    def _null_row(
+        self, group_id: int, request_id: str, block_indices: BlockIndices, kernel_blocks: int
+    ) -> None:
+        block_ids = self._runner.requests[request_id].block_ids[group_id]
+        for index in block_indices:
+            block_ids[index] = 0
+        row = self._runner.input_batch.req_id_to_index.get(request_id)
+        if row is None:
+            return
         table = self._runner.input_batch.block_table[group_id].block_table.np
-        for request_id, block_indices in evictions.items():
-            block_ids = self._runner.requests[request_id].block_ids[group_id]
-            for index in block_indices:
-                block_ids[index] = 0
-            row = self._runner.input_batch.req_id_to_index.get(request_id)
-            if row is None:
-                continue
-            for index in block_indices:
-                start = index * kernel_blocks
-                # An expanded null block is the kernel blocks 0, 1, ...
-                table[row, start : start + kernel_blocks] = range(kernel_blocks)
+        for index in block_indices:
+            start = index * kernel_blocks
+            # An expanded null block is the kernel blocks 0, 1, ...
+            table[row, start : start + kernel_blocks] = range(kernel_blocks)
 
     def batch_order(self, common: CommonAttentionMetadata) -> Sequence[str]:
         return self._runner.input_batch.req_ids

@@ -1,0 +1,71 @@
+"""How sure a difference is, when documents were drawn and the tokens of one hang together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference of losses in nats per token; below zero, the first is better."""
+
+    mean: float
+    ci_low: float
+    ci_high: float
+
+
+def perplexity(documents: Sequence[Sequence[float]]) -> float:
+    """Of all tokens of all documents, from their losses in nats."""
+    return math.exp(float(np.concatenate([np.asarray(d) for d in documents]).mean()))
+
+
+def paired_difference(
+    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], seed: int = 0
+) -> Difference:
+    """Mean difference per token and its 95 % percentile-bootstrap interval over documents.
+
+    Documents are resampled whole (Efron and Tibshirani, 1993, chapter 13): tokens of one text
+    are no independent samples.
+
+    Args:
+        first: losses in nats, one sequence a document.
+        second: losses of the same tokens.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: the two do not pair, or there is no document.
+    """
+    if not first or [len(d) for d in first] != [len(d) for d in second]:
+        raise ValueError("losses do not pair: other documents, or other tokens")
+    sums = np.array([np.sum(a) - np.sum(b) for a, b in zip(first, second, strict=True)])
+    lengths = np.array([len(document) for document in first])
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
+    means = sums[drawn].sum(1) / lengths[drawn].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Difference(float(sums.sum() / lengths.sum()), float(low), float(high))
+
+
+def by_distance(
+    documents: Sequence[Sequence[float]], start: int, width: int
+) -> list[tuple[int, float]]:
+    """Mean loss in buckets of ``width`` tokens from the documents' start.
+
+    Args:
+        documents: losses in nats of the tokens from position ``start`` on.
+        start: position of the first loss.
+        width: tokens a bucket.
+
+    Returns:
+        First position and mean loss of each bucket that has a token.
+    """
+    buckets: dict[int, list[float]] = {}
+    for document in documents:
+        for position, loss in enumerate(document, start):
+            buckets.setdefault(position // width * width, []).append(loss)
+    return [(first, float(np.mean(losses))) for first, losses in sorted(buckets.items())]
