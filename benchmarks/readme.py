@@ -18,12 +18,15 @@ FIGURES = {
     "compaction_share_of_step": "table compaction, share of a decode step",
 }
 
+PAIRS = ("full - streaming", "streaming - semantic", "streaming - NF4 + semantic")
+"""Differences that the README shows; the JSON has all."""
+
 
 def run() -> None:
     """Replace what stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``."""
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, render in (("demo", _demo), ("figures", _figures)):
+    for name, render in (("demo", _demo), ("figures", _figures), ("quality", _quality)):
         report = json.loads((RESULTS / f"{name}.json").read_text())
         parts = re.split(rf"(<!-- /?table:{name} -->)", text)
         if len(parts) != 5:
@@ -58,6 +61,30 @@ def _demo(report: dict[str, Any]) -> str:
 def _figures(report: dict[str, Any]) -> str:
     rows = [[words, f"{report[name]:.3f}"] for name, words in FIGURES.items()]
     return _table(["figure", "measured"], rows) + f"\n\n{_where(report['context'])}."
+
+
+def _quality(report: dict[str, Any]) -> str:
+    names = list(report["documents"])
+    rows = [
+        [title, *(f"{row['perplexity'][name]:.2f}" for name in names)]
+        for title, row in report["rows"].items()
+    ]
+    differences = [
+        [pair, *(f"{c['mean']:+.4f} [{c['ci_low']:+.4f}, {c['ci_high']:+.4f}]" for c in cells)]
+        for pair in PAIRS
+        for cells in [[report["differences"][pair][name] for name in names]]
+    ]
+    settings = report["context"]
+    counts = ", ".join(f"{count} of {name}" for name, count in report["documents"].items())
+    return "\n\n".join(
+        (
+            _table(["perplexity", *names], rows),
+            _table(["nats per token", *names], differences),
+            f"{settings['model']}, budget {settings['budget']}, documents of "
+            f"{settings['num_tokens']} tokens ({counts}), scored after {settings['num_prompt']}; "
+            f"below zero, the first loses less; {_where(settings)}.",
+        )
+    )
 
 
 def _where(context: dict[str, Any]) -> str:
