@@ -46,6 +46,17 @@ class Settings:
     num_documents: int = 4
 
 
+def progress_bar(console: Console) -> Progress:
+    """A bar that says what is under way, how far and since when."""
+    return Progress(
+        TextColumn("[progress.description]{task.description:<34}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
 def run(settings: Settings, out: Path | None = RESULTS / "demo.json") -> dict[str, Any]:
     """Start an engine for each row, measure it, print the table, keep the JSON."""
     corpora = {
@@ -56,13 +67,7 @@ def run(settings: Settings, out: Path | None = RESULTS / "demo.json") -> dict[st
     }
     console = Console()
     rows = []
-    with Progress(
-        TextColumn("[progress.description]{task.description:<34}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    ) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("", total=len(ROWS) * 2)
         for row in ROWS:
             progress.update(task, description=f"{row.title}: starting vLLM")

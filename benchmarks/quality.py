@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from . import texts
 from .context import RESULTS, context
+from .demo import progress_bar
 from .engines import engine
 from .shapes import kv_bytes
 from .statistics import by_distance, paired_difference, perplexity
@@ -88,13 +88,7 @@ def run(settings: Settings, out: Path = RESULTS / "quality.json") -> dict[str, A
     documents = [document for of in found.values() for document in of]
     rows: dict[str, dict[str, Any]] = {}
     combinations = list(itertools.product(settings.quantization, settings.policies))
-    with Progress(
-        TextColumn("[progress.description]{task.description:<34}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    ) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("", total=len(combinations))
         for quantization, policy in combinations:
             name = policy if quantization == "none" else f"NF4 + {policy}"

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from ..ops.scoring import cached_mean_key_cosine, mean_key_cosine
 from .base import KVPolicy
 
@@ -23,15 +21,5 @@ class SemanticPolicy(KVPolicy):
     def selected_tokens(self) -> int:
         return self.semantic_tokens
 
-    def score(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        return mean_key_cosine(queries, keys)
-
-    def score_cached(
-        self,
-        queries: torch.Tensor,
-        rows: torch.Tensor,
-        keys: torch.Tensor,
-        block_ids: torch.Tensor,
-        kernel_blocks: int,
-    ) -> torch.Tensor | None:
-        return cached_mean_key_cosine(queries, rows, keys, block_ids, kernel_blocks)
+    score = staticmethod(mean_key_cosine)
+    score_cached = staticmethod(cached_mean_key_cosine)
