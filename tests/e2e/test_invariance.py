@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.config import CompilationMode
 
 from .. import interpreter
 from ..engines import engine, reset_trace, scheduler_of
@@ -39,6 +41,17 @@ def alone(llama: str) -> Result:
 def test_in_a_batch(alone: Result, llama: str) -> None:
     """Requests that share steps are chunked otherwise than alone."""
     with engine(llama, policy="semantic", kv_policy_config=OPTIONS) as llm:
+        assert run(llm, PROMPTS) == alone
+
+
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="on a CPU torch.compile needs a C++ compiler",
+)
+def test_compiled(alone: Result, llama: str) -> None:
+    """torch.compile leaves what the hooks do alone."""
+    with engine(llama, policy="semantic", kv_policy_config=OPTIONS, enforce_eager=False) as llm:
+        assert llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
         assert run(llm, PROMPTS) == alone
 
 
