@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import texts
+from . import statistics, texts
 from .context import MODEL, RESULTS, context
 from .engines import engine
 
@@ -89,7 +88,7 @@ def run(settings: Settings, out: Path | None = RESULTS / "demo.json") -> dict[st
                 )
                 losses = iter(measured["nll"])
                 perplexity = {
-                    name: _perplexity([next(losses) for _ in documents])
+                    name: statistics.perplexity([next(losses) for _ in documents])
                     for name, documents in corpora.items()
                 }
                 num_tokens = settings.num_tokens * sum(map(len, corpora.values()))
@@ -108,11 +107,6 @@ def run(settings: Settings, out: Path | None = RESULTS / "demo.json") -> dict[st
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=1) + "\n")
     return report
-
-
-def _perplexity(documents: list[list[float]]) -> float:
-    losses = [loss for document in documents for loss in document]
-    return math.exp(sum(losses) / len(losses))
 
 
 def _table(report: dict[str, Any]) -> Table:

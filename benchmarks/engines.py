@@ -187,13 +187,12 @@ class EngineSide:
         return num_bytes / Stopwatch(device).mean(lambda: data.sum(), 10)
 
     def memory(self) -> dict[str, int]:
-        """Bytes: weights, KV pool, and the most that was ever allocated on the device."""
+        """Bytes: KV pool, and the most that was ever allocated on the device."""
         import torch
 
         config = self.scheduler.kv_cache_config
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         return {
-            "weights": weight_bytes(self.worker.get_model()),
             "kv_pool": sum(tensor.size for tensor in config.kv_cache_tensors),
             "peak_allocated": peak,
         }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -107,40 +106,42 @@ def run(
     """Check, then measure each model, kind and policy until the time is up.
 
     Results of others in the file stay, so that several calls may share the
-    work. What there was no time for is named under ``skipped``.
+    work. What there was no time for is named under ``skipped``. A quick run keeps nothing: its
+    sizes say nothing about speed.
     """
     os.environ.setdefault("VLLM_GPU_SYNC_CHECK", "error")  # no step waits for the device
     this = Run(time.monotonic() + seconds)
     report: Results = json.loads(out.read_text()) if out.exists() else {"details": {}}
     report["context"] = context(", ".join(models), kinds=kinds, quick=quick)
     report["correctness"] = check(this)
-    report.setdefault("skipped", [])
+    report["skipped"] = this.skipped
     with tempfile.TemporaryDirectory() as folder:
-        for model, kind in itertools.product(models, kinds):
+        for model, kind, policy in itertools.product(models, kinds, policies):
+            if this.seconds_left() < START_SECONDS:
+                this.skipped.append(f"{model} {kind} {policy}")
+                continue
+            this.console.print(f"[bold]{model} {kind} {policy}[/]")
             path = Path(folder) / f"{model}-{kind}"
-            path.mkdir()
-            write = shapes.write_config if kind == "bf16" else shapes.write_checkpoint
-            for policy in policies:
-                if this.seconds_left() < START_SECONDS:
-                    this.skipped.append(f"{model} {kind} {policy}")
-                    continue
-                this.console.print(f"[bold]{model} {kind} {policy}[/]")
-                written = str(path) if any(path.iterdir()) else write(model, path)
-                sizes = QUICK if quick else SIZES.get(model, QUICK)
-                found = measure(written, kind, policy, sizes, this)
-                found |= {name: report["context"][name] for name in ("date", "machine")}
-                details = report["details"].setdefault(model, {}).setdefault(kind, {})
-                details[policy] = found
-                if model in (MAIN_MODEL, models[0]) and policy == "semantic":
-                    figures = found["figures"].items()
-                    report |= {f"{key}_{kind}": value for key, value in figures}
-                report["skipped"] = this.skipped
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(report, indent=1) + "\n")
-            shutil.rmtree(path)
+            if not path.exists():
+                write = shapes.write_config if kind == "bf16" else shapes.write_checkpoint
+                write(model, path)
+            sizes = QUICK if quick else SIZES.get(model, QUICK)
+            found = measure(str(path), kind, policy, sizes, this)
+            found |= {name: report["context"][name] for name in ("date", "machine")}
+            report["details"].setdefault(model, {}).setdefault(kind, {})[policy] = found
+            if policy == "semantic" and (quick or model == MAIN_MODEL):
+                report |= {f"{key}_{kind}": value for key, value in found["figures"].items()}
+            _keep(report, out, quick)
+    _keep(report, out, quick)
     for key, value in report.items():
         if isinstance(value, float):
             this.console.print(f"{key:<48}{value:10.4f}")
+
+
+def _keep(report: Results, out: Path, quick: bool) -> None:
+    if not quick:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 # -- correctness -----------------------------------------------------------------------
@@ -248,7 +249,7 @@ def measure(model: str, kind: str, policy: str, sizes: Sizes, this: Run) -> Resu
             found["figures"] |= figures
             found[task.__name__] = detail | {"took_seconds": time.monotonic() - began}
             this.console.print(task.__name__, figures, detail)
-        found["memory"] = {name: side.memory() for name, side in sides.items()}
+        found["memory"] = {name: side.memory() | side.stats() for name, side in sides.items()}
     return found
 
 
@@ -297,13 +298,12 @@ def attention(sides: dict[str, RemoteEngine], sizes: Sizes) -> tuple[dict[str, f
     semantic = sides["policy"]
     bandwidth = semantic.bandwidth()
     measured = semantic.attention(prompts)
-    memory = semantic.memory()
     least = measured["kept_kv_bytes"] / bandwidth
     return {"attention_over_roofline": measured["seconds"] / least}, {
         "attention_seconds": measured["seconds"],
         "kept_kv_bytes": measured["kept_kv_bytes"],
         "bandwidth_bytes_per_second": bandwidth,
-        "roofline_step_seconds": least + memory["weights"] / bandwidth,
+        "roofline_step_seconds": least + semantic.stats()["weight_bytes"] / bandwidth,
     }
 
 

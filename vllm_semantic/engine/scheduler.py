@@ -39,10 +39,9 @@ class KVPolicyMixin(Scheduler):
                 "--kv-policy: this model has no full-attention layer to put under a policy "
                 f"(its KV cache groups: {self._group_kinds()})"
             )
-        for manager in self.kv_policy_managers.values():
-            manager.requests = self.requests
         self.peak_kv_blocks = 0
         for manager in self.kv_policy_managers.values():
+            manager.requests = self.requests
             self._log_policy(manager)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
