@@ -36,7 +36,7 @@ class Batches:
     ) -> None:
         self.tokens = tokens  # [tokens] uint16
         self.phase = phase
-        self.weaver = Weaver(tokenizer)
+        self.weaver = Weaver(tokenizer, phase.answer_weight)
         self.seed = seed
         self.position = position
         self._order: tuple[int, NDArray[np.int64]] | None = None
@@ -51,21 +51,28 @@ class Batches:
             self._order = (epoch, order)
         return int(self._order[1][index]) * length + epoch * 97 % length
 
-    def draw(self, batch: int, ordinary: bool = False) -> Tensor:
-        """The next windows, [batch, length + 1] int64; `ordinary` ones carry no task."""
+    def draw(self, batch: int, ordinary: bool = False) -> tuple[Tensor, Tensor]:
+        """The next windows; `ordinary` ones carry no task.
+
+        Returns:
+            Tokens [batch, length + 1] int64 and their weights in the loss, of the same shape
+            in fp32.
+        """
         length = self.phase.length
-        rows = []
+        rows, weights = [], []
         for _ in range(batch):
             rng = np.random.default_rng([self.seed, length, self.position.drawn])
             start = self._start(self.position.drawn)
             row = self.tokens[start : start + length + 1].astype(np.int64)
+            weight = np.ones(len(row), np.float32)
             kind = 1.0 if ordinary else rng.random()
             if kind < self.phase.synthetic:
-                row = self.weaver.weave(row, rng)
+                row, weight = self.weaver.weave(row, rng)
             elif kind < self.phase.synthetic + self.phase.echo:
-                row = self.weaver.echo(row, rng)
+                row, weight = self.weaver.echo(row, rng)
             if rng.random() < BOS_SHARE:
                 row[0] = 0
             rows.append(row)
+            weights.append(weight)
             self.position.drawn += 1
-        return torch.from_numpy(np.stack(rows))
+        return torch.from_numpy(np.stack(rows)), torch.from_numpy(np.stack(weights))

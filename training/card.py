@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from training.corpus import WIKITEXT_SHARE
-from training.schedule import Schedule
+from training.schedule import STAGES, Schedule
 
 HEADER = """---
 license: cc-by-sa-3.0
@@ -48,20 +48,72 @@ def passkey_table(evaluation: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def stages(run: Path, hardware: str) -> list[dict[str, Any]]:
+    """What the model was trained on, stage by stage: that of `run.init`, then the run itself."""
+    saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    progress = saved["progress"]
+    options = json.loads((run / "options.json").read_text(encoding="utf-8"))
+    stage = {
+        "stage": options["stage"],
+        "corpus": json.loads((run / "corpus" / "corpus.json").read_text(encoding="utf-8")),
+        "tokens": progress["tokens"],
+        "steps": progress["step"],
+        "minutes": round(progress["seconds"] / 60, 1),
+        "hardware": hardware,
+        "windows": [position["drawn"] for position in progress["positions"]],
+        "rates": [options["matrix_rate"], options["other_rate"]],
+        "loss": [round(loss, 3) for _, loss in progress["losses"][-10:]],
+    }
+    before = [] if options["init"] is None else json.loads(history(Path(options["init"])))
+    return [*before, stage]
+
+
+def history(model: Path) -> str:
+    """The stages of an exported model, as JSON."""
+    return (model / "training.json").read_text(encoding="utf-8")
+
+
+def describe(stage: dict[str, Any]) -> str:
+    """One stage in Markdown."""
+    settings, corpus = STAGES[stage["stage"]], stage["corpus"]
+    windows = "\n".join(
+        f"  - from {phase.start:.0%} of the time: {phase.length} tokens "
+        f"({drawn * phase.length / 1e6:.1f} M in all), {phase.synthetic:.0%} of them with a "
+        f"synthetic task whose answers weigh {phase.answer_weight:g}, {phase.echo:.0%} one "
+        "passage over and over"
+        for phase, drawn in zip(settings["phases"], stage["windows"], strict=True)
+    )
+    planted = (
+        f"""
+- After {settings["plant"]:.0%} of the time, induction heads were planted by ridge regression
+  (`training/induction.py`) and trained on with everything else."""
+        if settings.get("plant")
+        else ""
+    )
+    rate = stage["tokens"] / stage["minutes"] / 60
+    loss = sum(stage["loss"]) / len(stage["loss"])
+    decay = settings.get("decay", Schedule.decay)
+    return f"""### Stage `{stage["stage"]}`
+
+- Data: {corpus["books"]} English books, public domain in the USA, and {corpus["articles"]:,}
+  English Wikipedia articles (2015, CC BY-SA 3.0), {corpus["tokens"] / 1e6:.1f} M tokens, of
+  which the run drew each window at most once.
+- Seen: {stage["tokens"] / 1e6:.1f} M tokens in {stage["steps"]:,} steps and {stage["minutes"]:.0f}
+  minutes on {stage["hardware"]} ({rate:,.0f} tokens/s).
+- Windows:
+{windows}{planted}
+- Muon at {stage["rates"][0]:g} for the matrices inside the layers, AdamW at {stage["rates"][1]:g}
+  for the rest; a linear decay to zero over the last {decay:.0%} of the time.
+- Training loss at the end: {loss:.3f} nats per token (weighted, synthetic tasks included).
+"""
+
+
 def model_card(name: str, run: Path, evaluation: Path | None, context: int, hardware: str) -> str:
     """The card in Markdown."""
     saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-    config, progress = saved["config"], saved["progress"]
-    corpus = json.loads((run / "corpus" / "corpus.json").read_text(encoding="utf-8"))
+    config = saved["config"]
     parameters = sum(weight.numel() for weight in saved["model"].values())
-    rate = progress["tokens"] / progress["seconds"]
-    tail = [loss for _, loss in progress["losses"][-10:]]
-    phases = "\n".join(
-        f"  - from {phase.start:.0%} of the time: {phase.length} tokens "
-        f"({position['drawn'] * phase.length / 1e6:.1f} M in all), {phase.synthetic:.0%} of them "
-        f"with a synthetic task, {phase.echo:.0%} one passage over and over"
-        for phase, position in zip(Schedule(1.0).phases, progress["positions"], strict=True)
-    )
+    story = "\n".join(map(describe, stages(run, hardware)))
     sections = [
         f"""{HEADER}
 # {name}
@@ -84,22 +136,12 @@ it to measure what a cache keeps, not for its answers.
 
 ## Training
 
-- Data: {corpus["books"]} English books, public domain in the USA, and {corpus["articles"]:,}
-  English Wikipedia articles (2015, CC BY-SA 3.0), {corpus["tokens"] / 1e6:.1f} M tokens,
-  of which the run drew each window at most once. {WIKITEXT_SHARE:.0%} of the articles were
-  rewritten in the raw form of WikiText. Some windows carry a synthetic long-range task (pass
-  keys, several needles, key-value tables, repeated passages). The evaluation texts were
-  left out.
-- Seen: {progress["tokens"] / 1e6:.1f} M tokens in {progress["step"]:,} steps and
-  {progress["seconds"] / 60:.0f} minutes on {hardware} ({rate:,.0f} tokens/s).
-- Windows:
-{phases}
-- After {Schedule(1.0).plant:.0%} of the time, induction heads were planted by ridge regression
-  (`training/induction.py`) and trained on with everything else.
-- Muon for the matrices inside the layers, AdamW for the rest; a linear decay to zero over the
-  last {Schedule(1.0).decay:.0%} of the time; bfloat16 autocast over fp32 weights.
-- Training loss at the end: {sum(tail) / len(tail):.3f} nats per token (synthetic tasks included).
-"""
+{WIKITEXT_SHARE:.0%} of the articles were rewritten in the raw form of WikiText. Some windows
+carry a synthetic long-range task (pass keys, several needles, key-value tables, two hops,
+repeated passages; `training/synthetic.py`). The evaluation texts were left out of the corpus.
+bfloat16 autocast over fp32 weights.
+
+{story}"""
     ]
     if evaluation is not None:
         results = json.loads(evaluation.read_text(encoding="utf-8"))

@@ -70,13 +70,21 @@ def sample_for_tokenizer(documents: list[Document], characters: int) -> Iterator
         yield text[start : start + size]
 
 
-def build_corpus(paths: list[Path], out: Path, vocab_size: int, seed: int) -> None:
-    """Write tokenizer.json, tokens.bin (uint16, documents shuffled) and corpus.json to `out`."""
+def build_corpus(
+    paths: list[Path], out: Path, vocab_size: int, seed: int, model: Path | None = None
+) -> None:
+    """Write tokenizer.json, tokens.bin (uint16, documents shuffled) and corpus.json to `out`.
+
+    The tokenizer is that of `model`, an exported folder, or a new one.
+    """
     out.mkdir(parents=True, exist_ok=True)
     documents = list(itertools.chain.from_iterable(map(read_documents, paths)))
     random.Random(seed).shuffle(documents)
     if (out / "tokenizer.json").exists():
         tokenizer = load_tokenizer(out)
+    elif model is not None:
+        tokenizer = load_tokenizer(model)
+        tokenizer.save(str(out / "tokenizer.json"))
     else:
         tokenizer = train_tokenizer(sample_for_tokenizer(documents, 24_000_000), vocab_size)
         tokenizer.save(str(out / "tokenizer.json"))

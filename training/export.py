@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from training.card import model_card
+from training.card import model_card, stages
 from training.model import Llama, ModelConfig
 from training.tokenizer import load_tokenizer, save_for_transformers
 
@@ -97,13 +97,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run folder of training.train")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
-    parser.add_argument("--context", type=int, default=4096, help="longest trained window")
+    parser.add_argument("--context", type=int, default=2048, help="longest trained window")
     parser.add_argument("--hardware", default="a CPU", help="for the model card")
     parser.add_argument(
         "--evaluation", type=Path, default=None, help="JSON of training.evaluate, for the card"
     )
     arguments = parser.parse_args()
     export(arguments.run, arguments.out, arguments.context)
+    record = json.dumps(stages(arguments.run, arguments.hardware), indent=1)
+    (arguments.out / "training.json").write_text(f"{record}\n", encoding="utf-8")
     card = model_card(
         arguments.out.name,
         arguments.run,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 Ids = NDArray[np.int64]
+Weights = NDArray[np.float32]
 Random = np.random.Generator
 
 
@@ -51,6 +52,7 @@ class Puzzle:
 
     statements: list[str]
     questions: list[str]
+    answers: list[str]  # what each question ends on
 
 
 def pick(rng: Random, options: list[str]) -> str:
@@ -110,7 +112,7 @@ def passkey(rng: Random) -> Puzzle:
             f"The {name} is {value}.",
         ],
     )
-    return Puzzle([statement], [question])
+    return Puzzle([statement], [question], [value])
 
 
 def needles(rng: Random) -> Puzzle:
@@ -128,9 +130,11 @@ def needles(rng: Random) -> Puzzle:
         (f"Note: {{0}} has the {noun} {{1}}.", f"Q: Which {noun} has {{0}}?\nA: {{1}}"),
     )[int(rng.integers(4))]
     facts = list(zip(owners, values, strict=True))
+    order = rng.permutation(len(facts))
     return Puzzle(
         [said.format(*fact) for fact in facts],
-        [asked.format(*facts[i]) for i in rng.permutation(len(facts))],
+        [asked.format(*facts[i]) for i in order],
+        [values[i] for i in order],
     )
 
 
@@ -144,24 +148,52 @@ def pairs(rng: Random) -> Puzzle:
     blocks = int(rng.integers(1, 4))
     ask = pick(rng, [line, "Key: {0}\nValue: {1}", "What is the value of {0}? {1}"])
     items = list(table.items())
+    order = rng.permutation(len(items))
     return Puzzle(
         ["\n".join(lines[i::blocks]) for i in range(blocks)],
-        [ask.format(*items[i]) for i in rng.permutation(len(items))],
+        [ask.format(*items[i]) for i in order],
+        [items[i][1] for i in order],
+    )
+
+
+def two_hops(rng: Random) -> Puzzle:
+    """A value behind a name behind a place: the question names the place alone."""
+    count = int(rng.integers(2, 6))
+    owners = [NAMES[i] for i in rng.choice(len(NAMES), size=count, replace=False)]
+    places = [THINGS[i] for i in rng.choice(len(THINGS), size=count, replace=False)]
+    values = [code(rng) for _ in owners]
+    order = rng.permutation(count)
+    return Puzzle(
+        [
+            *(f"{o} is in the {p}." for o, p in zip(owners, places, strict=True)),
+            *(f"The code of {o} is {v}." for o, v in zip(owners, values, strict=True)),
+        ],
+        [
+            f"Who is in the {places[i]}? {owners[i]}. The code of {owners[i]} is {values[i]}."
+            for i in order
+        ],
+        [values[i] for i in order],
     )
 
 
 PUZZLES: tuple[tuple[float, Callable[[Random], Puzzle]], ...] = (
-    (0.35, passkey),
-    (0.35, needles),
-    (0.30, pairs),
+    (0.40, passkey),
+    (0.30, needles),
+    (0.25, pairs),
+    (0.05, two_hops),
 )
 
 
 class Weaver:
-    """Hides puzzles and repeated passages in windows of ordinary tokens."""
+    """Hides puzzles and repeated passages in windows of ordinary tokens.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Every method returns a window [length] of the same length as the one it was given, and the
+    weight of each of its tokens in the loss, [length] fp32.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, answer_weight: float) -> None:
         self.tokenizer = tokenizer
+        self.answer_weight = answer_weight
         size = tokenizer.get_vocab_size()
         ends = (tokenizer.decode([i]).endswith(("\n", ". ")) for i in range(size))
         self.ends_line = np.fromiter(ends, dtype=bool, count=size)  # [vocab]
@@ -170,24 +202,35 @@ class Weaver:
         """Token ids without BOS."""
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
-    def weave(self, window: Ids, rng: Random) -> Ids:
-        """A window [length] of the same length that holds a task; its tail makes room for it."""
-        if rng.random() < 0.3:
+    def ask(self, question: str, answer: str) -> tuple[Ids, Weights]:
+        """A question as a line, its answer weighted."""
+        encoding = self.tokenizer.encode(f"{question}\n", add_special_tokens=False)
+        start = question.rindex(answer)
+        within = [a < start + len(answer) and b > start for a, b in encoding.offsets]
+        weights = np.where(within, self.answer_weight, 1.0).astype(np.float32)
+        return np.asarray(encoding.ids, np.int64), weights
+
+    def weave(self, window: Ids, rng: Random) -> tuple[Ids, Weights]:
+        """A window that holds a task; its tail makes room for it."""
+        if rng.random() < 0.2:
             return self.repeat(window, rng)
         choice = rng.choice(len(PUZZLES), p=[weight for weight, _ in PUZZLES])
         puzzle = PUZZLES[int(choice)][1](rng)
         statements = [self.encode(f"{statement}\n") for statement in puzzle.statements]
-        room = len(window) // 2
-        questions: list[Ids] = []
-        for question in puzzle.questions:
-            ids = self.encode(f"{question}\n")
-            if sum(map(len, (*statements, *questions, ids))) <= room:
-                questions.append(ids)
-        if not questions:  # the table is larger than a short window: keep the page as it is
-            return window
-        tail = np.concatenate([self.encode("\n"), *questions])
-        kept = window[: len(window) - len(tail) - sum(map(len, statements))]
-        return np.concatenate([self.scatter(kept, statements, rng), tail])
+        room = len(window) // 2 - sum(map(len, statements))
+        tail = [(ids := self.encode("\n"), np.ones(len(ids), np.float32))]
+        for question, answer in zip(puzzle.questions, puzzle.answers, strict=True):
+            asked = self.ask(question, answer)
+            room -= len(asked[0])
+            if room >= 0:
+                tail.append(asked)
+        if len(tail) == 1:  # the table is larger than a short window: keep the page as it is
+            return window, np.ones(len(window), np.float32)
+        end = np.concatenate([ids for ids, _ in tail])
+        kept = window[: len(window) - len(end) - sum(map(len, statements))]
+        page = self.scatter(kept, statements, rng)
+        weights = [np.ones(len(page), np.float32), *(weights for _, weights in tail)]
+        return np.concatenate([page, end]), np.concatenate(weights)
 
     def scatter(self, page: Ids, statements: list[Ids], rng: Random) -> Ids:
         """The page with the statements put in at random ends of lines, in their order."""
@@ -202,22 +245,20 @@ class Weaver:
             start = int(place)
         return np.concatenate([*pieces, page[start:]])
 
-    def repeat(self, window: Ids, rng: Random) -> Ids:
+    def repeat(self, window: Ids, rng: Random) -> tuple[Ids, Weights]:
         """The window with one to three of its own passages said again at its end."""
         size = int(rng.integers(24, max(25, min(160, len(window) // 6))))
         count = int(rng.integers(1, 4))
-        intro = self.encode(
-            pick(rng, ["\nAs was said before:\n", "\nAgain:\n", "\n\n", "\n* * *\n"])
-        )
+        intro = self.encode(pick(rng, INTRODUCTIONS))
         end = len(window) - count * (size + len(intro))
         page = window[:end]
         pieces = [page]
         for start in rng.integers(1, end - size, size=count):
             pieces += [intro, page[start : start + size]]
-        return np.concatenate(pieces)
+        return np.concatenate(pieces), np.ones(len(window), np.float32)
 
-    def echo(self, window: Ids, rng: Random) -> Ids:
+    def echo(self, window: Ids, rng: Random) -> tuple[Ids, Weights]:
         """The window's first passage, of 16 tokens to half the window, over and over."""
         longest = len(window) // 2
         size = int(16 * (longest / 16) ** rng.random())
-        return np.resize(window[:size], len(window))
+        return np.resize(window[:size], len(window)), np.ones(len(window), np.float32)

@@ -17,11 +17,12 @@ from training import checkpoint
 from training.batches import Batches, Position
 from training.checkpoint import Progress
 from training.corpus import build_corpus, open_tokens
+from training.export import load_model
 from training.induction import plant
 from training.loss import head_loss
 from training.model import Llama, ModelConfig
 from training.optimizer import Optimizers
-from training.schedule import Schedule
+from training.schedule import STAGES, Schedule
 from training.tokenizer import load_tokenizer
 
 PLANT_TOKENS = 32_768  # to fit the induction heads on
@@ -33,6 +34,8 @@ class Options:
 
     corpus: list[Path]
     out: Path
+    stage: str
+    init: Path | None
     minutes: float
     step_tokens: int
     micro_tokens: int
@@ -50,11 +53,15 @@ class Trainer:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.schedule = Schedule(options.minutes * 60)
+        self.schedule = Schedule(options.minutes * 60, **STAGES[options.stage])
         self.path = options.out / "checkpoint.pt"
         torch.manual_seed(options.seed)
         tokenizer = load_tokenizer(options.out / "corpus")
-        self.model = Llama(ModelConfig(vocab_size=tokenizer.get_vocab_size())).to(options.device)
+        if options.init is None:
+            model = Llama(ModelConfig(vocab_size=tokenizer.get_vocab_size()))
+        else:
+            model = load_model(options.init)
+        self.model = model.to(options.device)
         self.optimizers = Optimizers(self.model, options.matrix_rate, options.other_rate)
         phases = self.schedule.phases
         self.progress = Progress(positions=[Position() for _ in phases])
@@ -84,8 +91,8 @@ class Trainer:
         parts = max(1, options.step_tokens // (micro * length))
         total = torch.zeros((), device=options.device)
         for _ in range(parts):
-            tokens = self.batches[phase].draw(micro).to(options.device)
-            loss = self.loss(tokens) / parts
+            drawn = self.batches[phase].draw(micro)
+            loss = self.loss(*(tensor.to(options.device) for tensor in drawn)) / parts
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -94,19 +101,22 @@ class Trainer:
 
     def plant_once(self) -> None:
         """Put the induction heads in when the schedule says so."""
-        due = self.progress.seconds >= self.schedule.plant * self.schedule.seconds
-        if due and not self.progress.planted:
+        plant_at = self.schedule.plant
+        if plant_at is None or self.progress.planted:
+            return
+        if self.progress.seconds >= plant_at * self.schedule.seconds:
             phase = self.schedule.phase(self.progress.seconds)
             length = self.schedule.phases[phase].length
-            tokens = self.batches[phase].draw(PLANT_TOKENS // length, ordinary=True)
+            tokens, _ = self.batches[phase].draw(PLANT_TOKENS // length, ordinary=True)
             print(plant(self.model, tokens.to(self.options.device)), flush=True)
             self.progress.planted = True
 
-    def loss(self, tokens: Tensor) -> Tensor:
-        """Mean loss in nats over tokens [batch, length + 1]."""
+    def loss(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """Weighted mean loss in nats over tokens and weights [batch, length + 1]."""
         with torch.autocast(self.options.device.type, dtype=torch.bfloat16):
             hidden = self.hidden(tokens[:, :-1])
-            return head_loss(hidden, self.model.embed_tokens.weight, tokens[:, 1:])
+            table = self.model.embed_tokens.weight
+            return head_loss(hidden, table, tokens[:, 1:], weights[:, 1:])
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -161,6 +171,8 @@ def parse_options() -> Options:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, nargs="+", required=True, help="files or folders")
     parser.add_argument("--out", type=Path, required=True, help="run folder; resumed if it exists")
+    parser.add_argument("--stage", choices=STAGES, default="language", help="what to train on")
+    parser.add_argument("--init", type=Path, help="exported model or run to go on from")
     parser.add_argument("--minutes", type=float, required=True, help="wall-clock training budget")
     parser.add_argument("--step-tokens", type=int, default=8192)
     parser.add_argument("--micro-tokens", type=int, default=4096)
@@ -183,9 +195,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     corpus = options.out / "corpus"
     if not (corpus / "corpus.json").exists():
-        build_corpus(options.corpus, corpus, ModelConfig().vocab_size, options.seed)
+        build_corpus(options.corpus, corpus, ModelConfig().vocab_size, options.seed, options.init)
     trainer = Trainer(options)
-    print(json.dumps({**vars(options), "corpus": len(options.corpus)}, default=str), flush=True)
+    settings = json.dumps({**vars(options), "corpus": len(options.corpus)}, default=str)
+    (options.out / "options.json").write_text(f"{settings}\n", encoding="utf-8")
+    print(settings, flush=True)
     trainer.run()
 
 

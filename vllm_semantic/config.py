@@ -48,7 +48,7 @@ def make_policy(name: object, options: Mapping[str, Any] | None = None) -> KVPol
 
     Args:
         name: a key of :data:`~vllm_semantic.policies.POLICIES` or a qualified class name.
-        options: the policy's options in tokens; missing ones take their defaults.
+        options: the policy's options; missing ones take their defaults.
 
     Raises:
         ValueError: an unknown name or option, or a value out of range. The message names
@@ -65,11 +65,7 @@ def make_policy(name: object, options: Mapping[str, Any] | None = None) -> KVPol
                 f"{CONFIG_FLAG}.{key} is not an option of policy {name!r}; "
                 f"allowed: {', '.join(known) or 'none'}"
             )
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_TOKENS:
-            raise ValueError(
-                f"{CONFIG_FLAG}.{key} {value!r} is not a number of tokens; "
-                f"allowed: integers from 0 to {MAX_TOKENS}"
-            )
+        _check_option(cls, key, value)
     policy = cls(**options)
     if policy.bounded and policy.recent_tokens == 0:
         raise ValueError(
@@ -77,6 +73,21 @@ def make_policy(name: object, options: Mapping[str, Any] | None = None) -> KVPol
             f"allowed: integers from 1 to {MAX_TOKENS}"
         )
     return policy
+
+
+def _check_option(cls: type[KVPolicy], key: str, value: object) -> None:
+    if key in cls.choices:
+        if value not in cls.choices[key]:
+            raise ValueError(
+                f"{CONFIG_FLAG}.{key} {value!r} is not known; "
+                f"allowed: {', '.join(cls.choices[key])}"
+            )
+    elif isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_TOKENS:
+        what = "number of tokens" if key.endswith("_tokens") else "number"
+        raise ValueError(
+            f"{CONFIG_FLAG}.{key} {value!r} is not a {what}; "
+            f"allowed: integers from 0 to {MAX_TOKENS}"
+        )
 
 
 def policy_from_config(config: object) -> KVPolicy:

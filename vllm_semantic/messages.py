@@ -11,7 +11,7 @@ BlockIndices = list[int]
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Asks for scores of one request's candidate blocks. Written by the block manager."""
+    """Asks for scores of the full blocks that one request holds. Written by the block manager."""
 
     num_tokens: int
     """The eviction point that the scores are for: tokens computed once the step has run."""
@@ -20,7 +20,7 @@ class ScoreRequest:
     """Logical indices: how the manager reads the answer."""
 
     block_ids: list[int]
-    """Physical ids, in the same order: all that a worker needs."""
+    """Physical ids, in the same order, and behind them that of the block being filled, if any."""
 
 
 @dataclass
@@ -33,6 +33,9 @@ class KVPolicyStep:
 
     evictions: dict[int, dict[str, BlockIndices]] = field(default_factory=dict)
     score_requests: dict[int, dict[str, ScoreRequest]] = field(default_factory=dict)
+
+    keeps_queries: bool = False
+    """Whether this step computes queries that an eviction will look at."""
 
 
 BlockScores = dict[int, dict[str, list[float]]]

@@ -9,21 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ..ops.compaction import compact_block_table
+from .query_windows import QueryWindows
 
 WRAPPED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "XFORMERS")
 
 EvictedTokens = Callable[[CommonAttentionMetadata], "np.ndarray | None"]
 """Says how many tokens each row of a batch has lost, ``[num_reqs]`` int32 on the host;
 ``None`` if none has."""
+
+
+QueryRows = Callable[[CommonAttentionMetadata], "np.ndarray | None"]
+"""Says which queries of a batch to keep and where, see ``QueryWindows.place``; ``None`` for a
+batch that is no step."""
+
+
+class KeptQueries(NamedTuple):
+    """Which queries of a step go to which rows of the buffers, each ``[num_kept]`` int64."""
+
+    sources: torch.Tensor
+    rows: torch.Tensor
 
 
 class StepBuffers:
@@ -36,18 +50,26 @@ class StepBuffers:
         max_num_reqs: rows.
         max_num_blocks: the most kernel blocks that one request keeps.
         num_null_ids: kernel block ids below this are the null block.
+        windows: where queries are kept.
         device: of the KV cache.
     """
 
     def __init__(
-        self, max_num_reqs: int, max_num_blocks: int, num_null_ids: int, device: torch.device
+        self,
+        max_num_reqs: int,
+        max_num_blocks: int,
+        num_null_ids: int,
+        windows: QueryWindows,
+        device: torch.device,
     ) -> None:
         self.num_null_ids = num_null_ids
+        self.windows = windows
         self.block_table = torch.zeros(
             max_num_reqs, max_num_blocks, dtype=torch.int32, device=device
         )
         self.seq_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
-        self.last_query_rows = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        shape = (2, max_num_reqs * windows.num_queries)
+        self.query_rows = torch.zeros(shape, dtype=torch.int64, device=device)
 
 
 class CompactingBuilder:
@@ -62,7 +84,10 @@ class CompactingBuilder:
     evicted_tokens: EvictedTokens
     """Written by the worker with :attr:`buffers`."""
 
-    scoring = False
+    query_rows: QueryRows
+    """Written by the worker with :attr:`buffers`."""
+
+    keeps_queries = False
     """Whether queries are needed. Written by the worker before each step."""
 
     captured = False
@@ -74,20 +99,19 @@ class CompactingBuilder:
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Any:
-        common, last_query_rows = common_attn_metadata, None
+        common, kept_queries = common_attn_metadata, None
         if self.buffers is not None:
             evicted = self.evicted_tokens(common)
             if evicted is not None:
                 common = self._compact(common, self.buffers, evicted)
             elif self.captured:
                 common = self._stage(common, self.buffers)
-            if self.scoring or self.captured:
-                last_query_rows = self.buffers.last_query_rows[: common.num_reqs]
-                torch.sub(common.query_start_loc[1:], 1, out=last_query_rows)
+            if self.keeps_queries or self.captured:
+                kept_queries = self._kept_queries(common_attn_metadata, self.buffers)
         metadata = super().build(  # type: ignore[misc]
             common_prefix_len, common, fast_build
         )
-        metadata.last_query_rows = last_query_rows
+        metadata.kept_queries = kept_queries
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
@@ -107,6 +131,21 @@ class CompactingBuilder:
             block_table,
             seq_lens,
         )
+
+    def _kept_queries(self, common: CommonAttentionMetadata, buffers: StepBuffers) -> KeptQueries:
+        """Rows in the fixed buffers; what a CUDA graph reads beyond them goes to the spare row."""
+        rows = self.query_rows(common) if self.keeps_queries else None
+        num_kept = 0 if rows is None else rows.shape[1]
+        num_read = num_kept
+        if self.captured:
+            num_read = min(common.num_actual_tokens, buffers.query_rows.shape[1])
+        places = np.zeros((2, num_read), dtype=np.int64)
+        places[1] = buffers.windows.spare_row
+        if rows is not None:
+            places[:, :num_kept] = rows
+        staged = buffers.query_rows[:, :num_read]
+        staged.copy_(async_tensor_h2d(places, staged.device, torch.int64))
+        return KeptQueries(staged[0], staged[1])
 
     def _compact(
         self, common: CommonAttentionMetadata, buffers: StepBuffers, evicted: np.ndarray
@@ -154,11 +193,12 @@ class CompactingBuilder:
 
 
 class CapturingImpl:
-    """Mixin before an ``AttentionImpl``: keeps the newest query of each request."""
+    """Mixin before an ``AttentionImpl``: keeps the newest queries of each request."""
 
     newest_queries: torch.Tensor | None = None
-    """``[max_num_reqs, num_heads, head_size]`` of the layer's dtype, after RoPE. Written by
-    the worker once the KV cache exists; ``None`` for layers not scored."""
+    """``[num_rows, num_heads, head_size]`` of the layer's dtype, after RoPE, see
+    :class:`QueryWindows`. Written by the worker once the KV cache exists; ``None`` for layers
+    not scored."""
 
     def forward(
         self,
@@ -173,17 +213,17 @@ class CapturingImpl:
         **kwargs: Any,
     ) -> torch.Tensor:
         if self.newest_queries is not None and attn_metadata is not None:
-            rows = attn_metadata.last_query_rows
-            if rows is not None:
-                self.keep_newest_queries(query, rows)
+            kept = attn_metadata.kept_queries
+            if kept is not None:
+                self.keep_queries(query, kept)
         return super().forward(  # type: ignore[misc, no-any-return]
             layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
         )
 
-    def keep_newest_queries(self, query: torch.Tensor, rows: torch.Tensor) -> None:
-        """Copy ``query[rows]`` to where the scorer, and a CUDA graph, look for them."""
+    def keep_queries(self, query: torch.Tensor, kept: KeptQueries) -> None:
+        """Copy queries to where the scorer, and a CUDA graph, look for them."""
         assert self.newest_queries is not None
-        torch.index_select(query, 0, rows, out=self.newest_queries[: len(rows)])
+        self.newest_queries.index_copy_(0, kept.rows, query.index_select(0, kept.sources))
 
 
 @cache

@@ -7,21 +7,20 @@ from typing import TYPE_CHECKING
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from .key_cache import cpu_key_places
+from .cached_kv import Places, cpu_places
 from .worker import KVPolicyWorkerMixin
 
 if TYPE_CHECKING:
-    import torch
     from vllm.model_executor.layers.attention import Attention
 
 
 class SemanticCPUWorker(KVPolicyWorkerMixin, CPUWorker):
     """vLLM's CPU worker with a policy."""
 
-    def _key_places(self, layer: Attention) -> torch.Tensor | None:
+    def _places(self, layer: Attention) -> Places | None:
         if not isinstance(layer.impl, CPUAttentionBackendImpl):
             return None
-        return cpu_key_places(
+        return cpu_places(
             layer.kv_cache.shape[2],
             layer.head_size,
             layer.kv_cache.dtype,

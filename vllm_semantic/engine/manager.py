@@ -11,12 +11,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from ..config import check_block_size
 from ..messages import BlockIndices, ScoreRequest
-from ..policies.selection import (
-    blocks_to_evict,
-    first_eviction_point,
-    is_eviction_point,
-    next_eviction_point,
-)
+from ..policies.selection import blocks_to_evict, eviction_point_from, is_eviction_point
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -38,7 +33,11 @@ class RequestBlocks:
     """Leading tokens computed before anything was evicted; ``None`` before that."""
 
     scores: dict[int, dict[int, float]] = field(default_factory=dict)
-    """Scores by eviction point and logical index; used at most once."""
+    """Scores by eviction point and logical index, those of earlier points added as far as the
+    policy's decay leaves them; used for at most one eviction."""
+
+    latest_scores: dict[int, float] = field(default_factory=dict)
+    """The latest of :attr:`scores`, by logical index."""
 
     def kept_at(self, num_full_blocks: int) -> BlockIndices:
         """The full blocks held once ``num_full_blocks`` have been computed."""
@@ -101,26 +100,31 @@ class SemanticManager(FullAttentionManager):
         ):
             # What still sees the evicted blocks is this one token, however steps fall.
             return min(num_new, self.eviction_delay)
-        point = next_eviction_point(
-            num_computed, num_prompt, self.block_size, self.prefill_interval
-        )
-        while point < num_computed + num_new:
-            if self._num_kept_at(request.request_id, point) > self.budget.total:
-                return point - num_computed
-            point = next_eviction_point(point, num_prompt, self.block_size, self.prefill_interval)
-        return num_new
+        point = self._next_over_budget_point(request.request_id, num_computed, num_prompt)
+        return min(num_new, point - num_computed)
 
     def max_prefix_hit_tokens(self, request: Request) -> int | None:
-        """The longest prefix hit that still computes the query of the first eviction.
+        """The longest prefix hit that still computes the queries of the first eviction.
 
         Without this limit a request would evict other blocks when its prefix was cached.
         """
         if not self.policy.bounded:
             return None
-        point = first_eviction_point(
-            request.num_prompt_tokens, self.block_size, self.prefill_interval, self.budget
+        point = self._next_over_budget_point("", 0, request.num_prompt_tokens)
+        return max(0, point - self.policy.num_queries) // self.block_size * self.block_size
+
+    def keeps_queries(self, request: Request, num_computed: int, num_new: int) -> bool:
+        """Whether a chunk holds a query that the request's next eviction will look at.
+
+        Args:
+            request: a request of the step.
+            num_computed: tokens computed before the chunk.
+            num_new: tokens of the chunk.
+        """
+        point = self._next_over_budget_point(
+            request.request_id, num_computed, request.num_prompt_tokens
         )
-        return (point - 1) // self.block_size * self.block_size
+        return num_computed + num_new > point - self.policy.num_queries
 
     def score_request(self, request: Request, num_computed: int) -> ScoreRequest | None:
         """Ask for scores if the step just scheduled ends where blocks have to go.
@@ -134,16 +138,26 @@ class SemanticManager(FullAttentionManager):
             return None
         state = self._requests.get(request_id, RequestBlocks())
         kept = state.kept_at(num_computed // self.block_size)
-        candidates = list(self.budget.candidates(kept))
         blocks = self.req_to_blocks[request_id]
-        self.stats.scored_blocks += len(candidates)
-        return ScoreRequest(num_computed, candidates, [blocks[i].block_id for i in candidates])
+        held = list(kept)
+        if num_computed % self.block_size:
+            held.append(num_computed // self.block_size)
+        self.stats.scored_blocks += len(kept)
+        return ScoreRequest(num_computed, kept, [blocks[i].block_id for i in held])
 
     def record_scores(self, request_id: str, asked: ScoreRequest, scores: Sequence[float]) -> None:
         """Keep scores for the eviction they were asked for; the request must still hold blocks."""
-        if request_id in self.req_to_blocks:
-            state = self._requests.setdefault(request_id, RequestBlocks())
-            state.scores[asked.num_tokens] = dict(zip(asked.block_indices, scores, strict=True))
+        if request_id not in self.req_to_blocks:
+            return
+        state = self._requests.setdefault(request_id, RequestBlocks())
+        if asked.num_tokens in state.scores:
+            return  # they came twice
+        decay, before = self.policy.decay, state.latest_scores
+        state.latest_scores = {
+            block: score + decay * before.get(block, 0.0) if decay else score
+            for block, score in zip(asked.block_indices, scores, strict=True)
+        }
+        state.scores[asked.num_tokens] = state.latest_scores
 
     def take_evictions(self) -> dict[str, BlockIndices]:
         """Drain the evictions since the last call, for the workers."""
@@ -183,13 +197,14 @@ class SemanticManager(FullAttentionManager):
         state = self._requests.setdefault(request_id, RequestBlocks())
         num_full_blocks = point // self.block_size
         kept = state.kept_at(num_full_blocks)
-        scores = None
+        candidates = self.budget.candidates(kept)
         if self.policy.scores_blocks:
-            candidates = self.budget.candidates(kept)
             found = state.scores.pop(point, {})
             if not all(i in found for i in candidates):
                 return  # no scores came for this point: stay over budget until the next
-            scores = [found[i] for i in candidates]
+            scores: Sequence[float] = [found[i] for i in candidates]
+        else:
+            scores = self.policy.rank(candidates, point, self._extra_args(request_id))
         evicted = blocks_to_evict(kept, self.budget, scores)
         self._evict(request_id, evicted)
         if state.num_exact_tokens is None:
@@ -238,6 +253,18 @@ class SemanticManager(FullAttentionManager):
             )
             and self._num_kept_at(request_id, num_tokens) > self.budget.total
         )
+
+    def _next_over_budget_point(
+        self, request_id: str, num_tokens: int, num_prompt_tokens: int
+    ) -> int:
+        """The first eviction point after ``num_tokens`` at which blocks have to go."""
+        num_over_budget = self.budget.total + 1 - self._num_kept_at(request_id, 0)
+        first = max(num_tokens + 1, num_over_budget * self.block_size)
+        return eviction_point_from(first, num_prompt_tokens, self.block_size, self.prefill_interval)
+
+    def _extra_args(self, request_id: str) -> Mapping[str, Any]:
+        params = self.requests[request_id].sampling_params
+        return (params and params.extra_args) or {}
 
     def _num_kept_at(self, request_id: str, num_tokens: int) -> int:
         num_full_blocks = num_tokens // self.block_size

@@ -39,10 +39,6 @@ class RunnerAccess(ABC):
         """The requests of the batch whose metadata is being built, row by row."""
 
     @abstractmethod
-    def rows(self) -> Mapping[str, int]:
-        """Each request's row in the batch that just ran."""
-
-    @abstractmethod
     def copy_stream(self) -> torch.cuda.Stream | None:
         """What this step's output is copied to the host on; ``None``: not asynchronously."""
 
@@ -81,9 +77,6 @@ class RunnerV1(RunnerAccess):
     def batch_order(self, common: CommonAttentionMetadata) -> Sequence[str]:
         return self._runner.input_batch.req_ids
 
-    def rows(self) -> Mapping[str, int]:
-        return self._runner.input_batch.req_id_to_index
-
     def copy_stream(self) -> torch.cuda.Stream | None:
         return self._runner.async_output_copy_stream
 
@@ -112,11 +105,6 @@ class RunnerV2(RunnerAccess):
     def batch_order(self, common: CommonAttentionMetadata) -> Sequence[str]:
         slots = self._runner.req_states.index_to_req_id
         return [slots[slot] for slot in common.req_idx]  # type: ignore[union-attr]
-
-    def rows(self) -> Mapping[str, int]:
-        state = self._runner.execute_model_state
-        assert state is not None
-        return {request_id: row for row, request_id in enumerate(state.input_batch.req_ids)}
 
     def copy_stream(self) -> torch.cuda.Stream | None:
         return self._runner.output_copy_stream

@@ -10,7 +10,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from ..config import capacity, describe
-from ..messages import KVPolicyStep, ScoreRequest, attach_step, scores_of, step_of
+from ..messages import KVPolicyStep, attach_step, scores_of, step_of
 from .manager import SemanticManager
 from .spec import SemanticSpec
 
@@ -51,9 +51,9 @@ class KVPolicyMixin(Scheduler):
         for group_id, manager in self.kv_policy_managers.items():
             if evictions := manager.take_evictions():
                 step.evictions[group_id] = evictions
-            if manager.policy.scores_blocks and (asked := self._score_requests(manager, output)):
-                step.score_requests[group_id] = asked
-        if step.evictions or step.score_requests:
+            if manager.policy.bounded and manager.policy.scores_blocks:
+                self._ask_for_scores(step, group_id, output)
+        if step.evictions or step.keeps_queries:
             attach_step(output, step)
         pool = self.kv_cache_manager.block_pool
         held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
@@ -77,17 +77,19 @@ class KVPolicyMixin(Scheduler):
                         )
         return super().update_from_output(scheduler_output, model_runner_output)
 
-    def _score_requests(
-        self, manager: SemanticManager, output: SchedulerOutput
-    ) -> dict[str, ScoreRequest]:
+    def _ask_for_scores(self, step: KVPolicyStep, group_id: int, output: SchedulerOutput) -> None:
+        """What the workers have to score after the step, and whether to keep its queries."""
+        manager = self.kv_policy_managers[group_id]
         asked = {}
-        for request_id in output.num_scheduled_tokens:
+        for request_id, num_new in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
             # vLLM has already advanced this to the end of the step.
-            score_request = manager.score_request(request, request.num_computed_tokens)
-            if score_request is not None:
+            end = request.num_computed_tokens
+            step.keeps_queries |= manager.keeps_queries(request, end - num_new, num_new)
+            if (score_request := manager.score_request(request, end)) is not None:
                 asked[request_id] = score_request
-        return asked
+        if asked:
+            step.score_requests[group_id] = asked
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int

@@ -1,24 +1,30 @@
-"""Block scores of one step: captured queries against the cache, averaged over layers."""
+"""Block scores of one step: kept queries against the cache, averaged over layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from ..messages import BlockScores, ScoreRequest
-from ..policies import KVPolicy
-from .key_cache import KeyCache
+from ..policies import BlockView, KVPolicy
+from .cached_kv import CachedKV
+from .query_windows import QueryWindows
+
+MAX_GATHERED = 1 << 25
+"""Elements of keys that are gathered at once, 128 MiB in fp32; layers are split to stay below."""
 
 
 @dataclass(frozen=True)
 class ScoredLayers:
     """Layers that are scored in one go."""
 
-    key_cache: KeyCache
-    queries: torch.Tensor  # [num_layers, max_num_reqs, num_heads, head_size]
+    cache: CachedKV
+    queries: torch.Tensor  # [num_layers, num_rows, num_heads, head_size], see QueryWindows
+    scale: float
+    """What these layers multiply a dot product with."""
 
 
 class PendingScores:
@@ -60,15 +66,16 @@ class PendingScores:
     def _split(self, group_id: int) -> Iterator[tuple[str, list[float]]]:
         scores = iter(self._on_host[group_id].tolist())
         for request_id, request in self._asked[group_id].items():
-            yield request_id, [next(scores) for _ in request.block_ids]
+            yield request_id, [next(scores) for _ in request.block_indices]
 
 
 class BlockScorer:
     """Answers score requests after a forward pass, without waiting for the device.
 
     Args:
-        policy: says how similar a block is.
+        policy: says what a block is worth.
         groups: the layers of each KV cache group under the policy.
+        windows: which rows hold a request's newest queries.
         mean_over_ranks: means of a tensor over the tensor-parallel ranks.
     """
 
@@ -76,62 +83,108 @@ class BlockScorer:
         self,
         policy: KVPolicy,
         groups: Mapping[int, Sequence[ScoredLayers]],
+        windows: QueryWindows,
         mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda scores: scores,
     ) -> None:
         self.policy = policy
         self.groups = groups
+        self.windows = windows
         self.mean_over_ranks = mean_over_ranks
 
     def __call__(
         self,
         asked: Mapping[int, Mapping[str, ScoreRequest]],
-        rows: Mapping[str, int],
         copy_stream: torch.cuda.Stream | None = None,
     ) -> PendingScores:
         """Score what was asked for.
 
         Args:
             asked: by KV cache group and request.
-            rows: each request's row in the batch that just ran.
             copy_stream: what the scores travel to the host on.
 
         Returns:
-            One score per block asked for, in order.
+            One score per full block asked for, in order.
         """
         means = {
-            group_id: self._score_group(self.groups[group_id], requests, rows)
+            group_id: self._score_group(self.groups[group_id], requests)
             for group_id, requests in asked.items()
         }
         return PendingScores(asked, means, copy_stream)
 
     def _score_group(
-        self,
-        group: Sequence[ScoredLayers],
-        asked: Mapping[str, ScoreRequest],
-        rows: Mapping[str, int],
+        self, group: Sequence[ScoredLayers], asked: Mapping[str, ScoreRequest]
     ) -> torch.Tensor:
-        device = group[0].queries.device
-        row_of_block = [
-            rows[request_id] for request_id, request in asked.items() for _ in request.block_ids
-        ]
-        block_ids = [block_id for request in asked.values() for block_id in request.block_ids]
-        # One copy to the device for both.
-        rows_and_ids = async_tensor_h2d([row_of_block, block_ids], device, torch.int64)
-        scores = torch.cat([self._score_layers(layers, *rows_and_ids) for layers in group])
+        scores = self._score_cached(group, asked)
+        if scores is None:
+            of_requests = [self._score_request(group, *item) for item in asked.items()]
+            scores = torch.cat(of_requests, dim=1)
         return self.mean_over_ranks(scores.mean(0))
 
-    def _score_layers(
-        self, layers: ScoredLayers, rows: torch.Tensor, block_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """Scores ``[num_layers, num_blocks]``."""
-        key_cache = layers.key_cache
-        if key_cache.keys is not None:
-            scores = self.policy.score_cached(
-                layers.queries, rows, key_cache.keys, block_ids, key_cache.kernel_blocks
+    def _score_cached(
+        self, group: Sequence[ScoredLayers], asked: Mapping[str, ScoreRequest]
+    ) -> torch.Tensor | None:
+        """All requests by the policy's kernel, ``[num_layers, num_blocks]``, if it has one."""
+        row_of_block, block_ids = [], []
+        for request_id, request in asked.items():
+            row = self.windows.newest_row(request_id, request.num_tokens)
+            num_full = len(request.block_indices)
+            row_of_block += [row] * num_full
+            block_ids += request.block_ids[:num_full]
+        device = group[0].queries.device
+        # One copy to the device for both.
+        rows_and_ids = async_tensor_h2d([row_of_block, block_ids], device, torch.int64)
+        scores = []
+        for layers in group:
+            keys = layers.cache.keys
+            of_layers = (
+                keys
+                if keys is None
+                else self.policy.score_cached(
+                    layers.queries,
+                    rows_and_ids[0],
+                    keys,
+                    rows_and_ids[1],
+                    layers.cache.kernel_blocks,
+                )
             )
-            if scores is not None:
-                return scores
-        keys = key_cache.gather(block_ids)
-        queries = layers.queries.index_select(1, rows).float()
-        scores = self.policy.score(queries.flatten(0, 1), keys.flatten(0, 1))
-        return scores.view(len(keys), -1)
+            if of_layers is None:
+                return None
+            scores.append(of_layers)
+        return torch.cat(scores)
+
+    def _score_request(
+        self, group: Sequence[ScoredLayers], request_id: str, request: ScoreRequest
+    ) -> torch.Tensor:
+        """One request by the policy's score, ``[num_layers, num_full_blocks]``."""
+        device = group[0].queries.device
+        indices = list(request.block_indices)
+        if len(request.block_ids) > len(indices):  # the block being filled, behind the full ones
+            indices.append(indices[-1] + 1)
+        block_indices, block_ids = async_tensor_h2d(
+            [indices, request.block_ids], device, torch.int64
+        )
+        window = self.windows.window(request_id, request.num_tokens).tolist()
+        rows = async_tensor_h2d(window, device, torch.int64)
+        scores = []
+        for layers in group:
+            for part in self._parts(layers, len(indices)):
+                view = BlockView(
+                    part.queries.index_select(1, rows).float(),
+                    part.cache.gather_keys(block_ids).float(),
+                    part.cache.gather_values(block_ids).float(),
+                    block_indices,
+                    request.num_tokens,
+                    layers.scale,
+                )
+                scores.append(self.policy.score(view))
+        return torch.cat(scores)
+
+    def _parts(self, layers: ScoredLayers, num_blocks: int) -> Iterator[ScoredLayers]:
+        """As many layers at once as :data:`MAX_GATHERED` allows."""
+        kv_cache = layers.cache.kv_cache
+        of_layer = num_blocks * layers.cache.kernel_blocks * kv_cache[0, 0].numel() // 2
+        step = max(1, MAX_GATHERED // max(1, of_layer))
+        for first in range(0, len(kv_cache), step):
+            part = slice(first, first + step)
+            cache = replace(layers.cache, kv_cache=kv_cache[part])
+            yield replace(layers, cache=cache, queries=layers.queries[part])

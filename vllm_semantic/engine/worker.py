@@ -21,7 +21,8 @@ from ..config import CONFIG_KEY, policy_from_config
 from ..hooks import wrapped_attention_backends
 from ..messages import KVPolicyStep, ScoreRequest, attach_scores, step_of
 from .backend import CapturingImpl, CompactingBuilder, StepBuffers
-from .key_cache import KeyCache, stack_layers
+from .cached_kv import CachedKV, Places, stack_layers
+from .query_windows import QueryWindows
 from .runner import access
 from .scorer import BlockScorer, PendingScores, ScoredLayers
 from .spec import SemanticSpec, semantic_spec
@@ -89,12 +90,14 @@ class KVPolicyWorkerMixin(Worker):
         self._groups: dict[int, PolicyGroup] = {}
         self._scores: PendingScores | None = None
         self._in_step = False
+        self._windows = QueryWindows(self.kv_policy.num_queries, self.scheduler_config.max_num_seqs)
         self._block_scorer = BlockScorer(
             self.kv_policy,
             {
                 group_id: self._connect(group_id, attn_groups)
                 for group_id, attn_groups in enumerate(self.model_runner.attn_groups)
             },
+            self._windows,
             self._mean_over_ranks,
         )
         backends = {
@@ -111,10 +114,11 @@ class KVPolicyWorkerMixin(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         """Compile the policy's kernels too, before a request needs them."""
-        for group_id in self._groups:
+        for group_id, group in self._groups.items():
             if self.kv_policy.scores_blocks:
-                asked = {group_id: {"": ScoreRequest(0, [0], [0])}}
-                self._block_scorer(asked, rows={"": 0}).collect()
+                asked = {group_id: {"": ScoreRequest(group.block_size, [0], [0])}}
+                self._block_scorer(asked).collect()
+                self._windows.forget([""])
         for builder in self._builders:
             builder.warm_up()
         return super().compile_or_warm_up_model()
@@ -125,15 +129,13 @@ class KVPolicyWorkerMixin(Worker):
         step = step_of(scheduler_output) or KVPolicyStep()
         self._forget(scheduler_output)
         self._apply_evictions(step)
-        self._begin_step(scoring=bool(step.score_requests))
+        self._begin_step(step.keeps_queries)
         try:
             output = super().execute_model(scheduler_output)
         finally:
             self._end_step()
         if step.score_requests:
-            self._scores = self._block_scorer(
-                step.score_requests, self.runner_access.rows(), self.runner_access.copy_stream()
-            )
+            self._scores = self._block_scorer(step.score_requests, self.runner_access.copy_stream())
         return output
 
     def sample_tokens(
@@ -153,6 +155,7 @@ class KVPolicyWorkerMixin(Worker):
 
     def _forget(self, scheduler_output: SchedulerOutput) -> None:
         gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
+        self._windows.forget(gone)
         for group in self._groups.values():
             for request_id in gone & group.evicted_tokens.keys():
                 del group.evicted_tokens[request_id]
@@ -165,16 +168,27 @@ class KVPolicyWorkerMixin(Worker):
             for request_id, blocks in evictions.items():
                 evicted[request_id] = evicted.get(request_id, 0) + len(blocks) * group.block_size
 
-    def _begin_step(self, scoring: bool) -> None:
+    def _begin_step(self, keeps_queries: bool) -> None:
         self._in_step = True
         for builder in self._builders:
-            builder.scoring = scoring
+            builder.keeps_queries = keeps_queries
 
     def _end_step(self) -> None:
         """Until the next step, batches are dummies: no request of theirs has lost blocks."""
         self._in_step = False
         for builder in self._builders:
-            builder.scoring = False
+            builder.keeps_queries = False
+
+    def _query_rows(self, common: CommonAttentionMetadata) -> np.ndarray | None:
+        """Where the queries of a batch go, see :data:`~.backend.QueryRows`."""
+        if not self._in_step:
+            return None
+        assert common.seq_lens_cpu_upper_bound is not None
+        return self._windows.place(
+            self.runner_access.batch_order(common),
+            common.query_start_loc_cpu.numpy(),
+            common.seq_lens_cpu_upper_bound.numpy(),
+        )
 
     def _evicted_tokens(
         self, group: PolicyGroup, common: CommonAttentionMetadata
@@ -214,9 +228,12 @@ class KVPolicyWorkerMixin(Worker):
                 if self.kv_policy.bounded:
                     builder.buffers = self._step_buffers(spec, kernel_blocks)
                     builder.evicted_tokens = partial(self._evicted_tokens, group)
+                    builder.query_rows = self._query_rows
                     self._builders.append(builder)
             if self.kv_policy.scores_blocks:
-                for _, alike in groupby(layers, key=lambda layer: layer.num_heads):
+                for _, alike in groupby(
+                    layers, key=lambda layer: (layer.num_heads, layer.impl.scale)
+                ):
                     scored += self._connect_layers(list(alike), kernel_blocks)
         return scored
 
@@ -229,25 +246,25 @@ class KVPolicyWorkerMixin(Worker):
             self.scheduler_config.max_num_seqs,
             num_blocks * kernel_blocks,
             num_null_ids=kernel_blocks,
+            windows=self._windows,
             device=self.model_runner.device,
         )
 
     def _connect_layers(self, layers: list[Attention], kernel_blocks: int) -> list[ScoredLayers]:
         """Give layers of one shape the buffers that their queries go to."""
         first = layers[0]
-        places = self._key_places(first)
+        places = self._places(first)
         scored = []
         for kv_cache in stack_layers([layer.kv_cache for layer in layers]):
-            queries = torch.empty(
+            queries = self._windows.buffer(
                 len(kv_cache),
-                self.scheduler_config.max_num_seqs,
                 first.num_heads,
                 first.head_size,
-                dtype=self.model_config.dtype,
-                device=kv_cache.device,
+                self.model_config.dtype,
+                kv_cache.device,
             )
-            key_cache = KeyCache(kv_cache, first.head_size, kernel_blocks, places)
-            scored.append(ScoredLayers(key_cache, queries))
+            cache = CachedKV(kv_cache, first.head_size, kernel_blocks, places)
+            scored.append(ScoredLayers(cache, queries, first.impl.scale))
         buffers = [buffer for stacked in scored for buffer in stacked.queries]
         for layer, buffer in zip(layers, buffers, strict=True):
             if not isinstance(layer.impl, CapturingImpl):
@@ -255,8 +272,8 @@ class KVPolicyWorkerMixin(Worker):
             layer.impl.newest_queries = buffer
         return scored
 
-    def _key_places(self, layer: Attention) -> torch.Tensor | None:
-        """Where the kernels keep a head's keys, see :class:`KeyCache`."""
+    def _places(self, layer: Attention) -> Places | None:
+        """Where the kernels keep a head's keys and values, see :class:`CachedKV`."""
         return None
 
 

@@ -12,18 +12,16 @@ def mean_key_cosine(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     A zero query or mean key has cosine 0.
 
     Args:
-        queries: ``[num_blocks, num_heads, head_size]`` fp32, one query per block.
-        keys: ``[num_blocks, num_kv_heads, block_size, head_size]`` in the cache's dtype.
+        queries: ``[num_layers, num_heads, head_size]`` fp32, one query.
+        keys: ``[num_layers, num_blocks, num_kv_heads, block_size, head_size]``.
 
     Returns:
-        ``[num_blocks]`` fp32 in [-1, 1], higher = keep.
+        ``[num_layers, num_blocks]`` fp32 in [-1, 1], higher = keep.
     """
-    num_blocks, num_heads, head_size = queries.shape
-    num_kv_heads = keys.shape[1]
-    query = queries.view(num_blocks, num_kv_heads, num_heads // num_kv_heads, head_size).mean(2)
-    return torch.nn.functional.cosine_similarity(
-        query, keys.mean(2, dtype=torch.float32), dim=-1
-    ).mean(1)
+    num_kv_heads = keys.shape[2]
+    query = queries.unflatten(1, (num_kv_heads, -1)).mean(2).unsqueeze(1)
+    mean_key = keys.mean(3, dtype=torch.float32)
+    return torch.nn.functional.cosine_similarity(query, mean_key, dim=-1).mean(2)
 
 
 def cached_mean_key_cosine(

@@ -1,14 +1,16 @@
-"""What a KV policy is: a token budget and, if it chooses by content, a score."""
+"""What a KV policy is: a token budget and a score for the blocks between sink and recent ones."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+
+from .view import BlockView
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class BlockBudget:
 class KVPolicy(ABC):
     """Which full blocks a request keeps. The fields are the policy's options.
 
-    A subclass names its options as ``*_tokens`` integer fields with defaults and,
-    if it keeps blocks by content, overrides :meth:`score`.
+    A subclass names its parts of the budget as ``*_tokens`` integer fields with defaults and
+    overrides either :meth:`score`, which sees queries, keys and values, or :meth:`rank`,
+    which needs none of them.
     """
 
     name: ClassVar[str]
@@ -48,6 +51,17 @@ class KVPolicy(ABC):
 
     bounded: ClassVar[bool] = True
     """False for a policy that never evicts."""
+
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """What each option that is a word allows."""
+
+    num_queries: ClassVar[int] = 1
+    """How many of the newest queries :meth:`score` sees: a window that ends at the eviction
+    point. Each costs ``max_num_seqs x heads x head_size`` elements a layer."""
+
+    decay: ClassVar[float] = 0.0
+    """What is left of a block's score at the next eviction point, where the new score is added
+    to it: 0 forgets, 1 is a sum over all points."""
 
     sink_tokens: int = 0
     """First tokens of a sequence, never evicted."""
@@ -73,8 +87,8 @@ class KVPolicy(ABC):
 
     @property
     def scores_blocks(self) -> bool:
-        """Whether blocks are kept by score, not by age alone."""
-        return self.selected_tokens > 0
+        """Whether the workers are asked for scores: not where :meth:`rank` answers."""
+        return self.selected_tokens > 0 and type(self).rank is KVPolicy.rank
 
     def budget(self, block_size: int) -> BlockBudget:
         """Round the budget up to whole blocks of ``block_size`` tokens."""
@@ -85,16 +99,30 @@ class KVPolicy(ABC):
             )
         )
 
-    def score(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Score blocks of one layer; a block is paired with its request's query.
+    def rank(
+        self, candidates: Sequence[int], num_tokens: int, extra_args: Mapping[str, Any]
+    ) -> Sequence[float]:
+        """Score blocks without looking at queries, keys or values; by age if not overridden.
 
         Args:
-            queries: ``[num_blocks, num_heads, head_size]`` fp32, the newest query.
-            keys: ``[num_blocks, num_kv_heads, block_size, head_size]`` as cached: after
-                RoPE, in the cache's dtype.
+            candidates: logical indices of the blocks that may be evicted, ascending.
+            num_tokens: the eviction point.
+            extra_args: the request's own ``SamplingParams.extra_args``.
 
         Returns:
-            ``[num_blocks]`` fp32, higher = keep. The engine averages over layers.
+            One score per candidate, higher = keep.
+        """
+        return candidates
+
+    def score(self, view: BlockView) -> torch.Tensor:
+        """Score one request's blocks in layers of one shape.
+
+        Args:
+            view: queries, keys and values of the request.
+
+        Returns:
+            ``[num_layers, num_full_blocks]`` fp32, higher = keep. The engine averages over
+            layers and tensor-parallel ranks, and applies :attr:`decay`.
 
         Raises:
             TypeError: the policy keeps blocks by age alone.
@@ -112,7 +140,8 @@ class KVPolicy(ABC):
         """The same scores by a fused kernel that reads the cache in place, if there is one.
 
         Args:
-            queries: ``[num_layers, num_rows, num_heads, head_size]`` of the model's dtype.
+            queries: ``[num_layers, num_rows, num_heads, head_size]`` of the model's dtype, the
+                newest of each request.
             rows: ``[num_blocks]`` int64, the row of each block's query.
             keys: ``[num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size,
                 head_size]``, a view of the cache with any strides.
@@ -129,6 +158,15 @@ class KVPolicy(ABC):
         return {name: getattr(self, name) for name in self.options() if name.endswith("_tokens")}
 
     @classmethod
-    def options(cls) -> dict[str, int]:
+    def options(cls) -> dict[str, Any]:
         """Option names and their defaults."""
-        return {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[misc]
+        return {f.name: f.default for f in dataclasses.fields(cls)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectivePolicy(KVPolicy):
+    """Sink, recent and, between them, the blocks with the highest scores: what a rule needs."""
+
+    sink_tokens: int = 8
+    recent_tokens: int = 64
+    selected_tokens: int = 192  # type: ignore[assignment, unused-ignore]

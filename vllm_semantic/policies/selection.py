@@ -19,35 +19,23 @@ def is_eviction_point(
     return num_tokens == num_prompt_tokens or num_tokens % block_size == 0
 
 
-def next_eviction_point(
+def eviction_point_from(
     num_tokens: int, num_prompt_tokens: int, block_size: int, prefill_interval: int
 ) -> int:
-    """The first eviction point after ``num_tokens`` computed tokens."""
-    if num_tokens < num_prompt_tokens:
-        return min(num_prompt_tokens, (num_tokens // prefill_interval + 1) * prefill_interval)
-    return (num_tokens // block_size + 1) * block_size
+    """The first eviction point at or after ``num_tokens`` computed tokens."""
+    if num_tokens <= num_prompt_tokens:
+        return min(num_prompt_tokens, -(-num_tokens // prefill_interval) * prefill_interval)
+    return -(-num_tokens // block_size) * block_size
 
 
-def first_eviction_point(
-    num_prompt_tokens: int, block_size: int, prefill_interval: int, budget: BlockBudget
-) -> int:
-    """The first eviction point at which a request's full blocks exceed the budget."""
-    over_budget = (budget.total + 1) * block_size
-    if num_prompt_tokens < over_budget:
-        return over_budget
-    return min(num_prompt_tokens, -(-over_budget // prefill_interval) * prefill_interval)
-
-
-def blocks_to_evict(
-    kept: Sequence[int], budget: BlockBudget, scores: Sequence[float] | None
-) -> list[int]:
+def blocks_to_evict(kept: Sequence[int], budget: BlockBudget, scores: Sequence[float]) -> list[int]:
     """Choose the blocks a request gives up to be within its budget.
 
     Args:
         kept: logical indices of the full blocks the request holds, ascending.
         budget: what it may keep.
-        scores: one per candidate (``budget.candidates(kept)``), higher = keep; ``None``
-            evicts by age. Equal scores: the older block goes. NaN sorts below all.
+        scores: one per candidate (``budget.candidates(kept)``), higher = keep. Equal scores:
+            the older block goes. NaN sorts below all.
 
     Returns:
         Logical indices, ascending; empty within the budget.
@@ -59,8 +47,6 @@ def blocks_to_evict(
     if num_evicted <= 0:
         return []
     candidates = budget.candidates(kept)
-    if scores is None:
-        return list(candidates[:num_evicted])
     if len(scores) != len(candidates):
         raise ValueError(f"{len(scores)} scores for {len(candidates)} candidate blocks")
     ranked = sorted(zip((s if s == s else float("-inf") for s in scores), candidates, strict=True))

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from ..ops.scoring import cached_mean_key_cosine, mean_key_cosine
 from .base import KVPolicy
+from .view import BlockView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,5 +24,7 @@ class SemanticPolicy(KVPolicy):
     def selected_tokens(self) -> int:
         return self.semantic_tokens
 
-    score = staticmethod(mean_key_cosine)
+    def score(self, view: BlockView) -> torch.Tensor:
+        return mean_key_cosine(view.queries[:, -1], view.full.keys)
+
     score_cached = staticmethod(cached_mean_key_cosine)

@@ -1,0 +1,75 @@
+"""The newest queries of each request: a ring of rows per request, in every scored layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+
+class QueryWindows:
+    """Which row of the layers' buffers holds the query of which token.
+
+    Batch rows move from step to step; a request's ring does not. Written by the worker.
+
+    Args:
+        num_queries: queries kept of each request.
+        max_num_reqs: requests at a time.
+    """
+
+    def __init__(self, num_queries: int, max_num_reqs: int) -> None:
+        self.num_queries = num_queries
+        self.spare_row = max_num_reqs * num_queries
+        """Where a padded batch writes what nobody reads."""
+        self._free = list(range(max_num_reqs - 1, -1, -1))
+        self._rings: dict[str, int] = {}
+
+    def buffer(
+        self, num_layers: int, num_heads: int, head_size: int, dtype: torch.dtype, device: object
+    ) -> torch.Tensor:
+        """Rows for layers of one shape, ``[num_layers, num_rows, num_heads, head_size]``."""
+        shape = (num_layers, self.spare_row + 1, num_heads, head_size)
+        return torch.zeros(shape, dtype=dtype, device=device)  # type: ignore[call-overload,no-any-return]
+
+    def place(
+        self, request_ids: Sequence[str], query_starts: np.ndarray, seq_lens: np.ndarray
+    ) -> np.ndarray:
+        """Where a step's queries go.
+
+        Args:
+            request_ids: the batch's requests, row by row.
+            query_starts: ``[num_reqs + 1]``, first token of each in the batch.
+            seq_lens: ``[num_reqs]``, tokens of each once the step has run, evicted ones too.
+
+        Returns:
+            ``[2, num_kept]`` int64: rows of the step's query tensor, rows of the buffers.
+        """
+        sources, rows = [], []
+        for row, request_id in enumerate(request_ids):
+            start, end = int(query_starts[row]), int(query_starts[row + 1])
+            kept = min(self.num_queries, end - start)
+            sources.append(np.arange(end - kept, end))
+            rows.append(self._rows(request_id, int(seq_lens[row]), kept))
+        return np.stack([np.concatenate(sources), np.concatenate(rows)])
+
+    def newest_row(self, request_id: str, num_tokens: int) -> int:
+        """The row of the query of token ``num_tokens - 1``."""
+        return int(self._rows(request_id, num_tokens, 1)[0])
+
+    def window(self, request_id: str, num_tokens: int) -> np.ndarray:
+        """The rows of the last queries before ``num_tokens``, the newest last."""
+        return self._rows(request_id, num_tokens, min(self.num_queries, num_tokens))
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Give up the rings of requests that are gone or were preempted."""
+        for request_id in request_ids:
+            if request_id in self._rings:
+                self._free.append(self._rings.pop(request_id))
+
+    def _rows(self, request_id: str, num_tokens: int, count: int) -> np.ndarray:
+        ring = self._rings.get(request_id)
+        if ring is None:
+            ring = self._rings[request_id] = self._free.pop()
+        tokens = np.arange(num_tokens - count, num_tokens)
+        return ring * self.num_queries + tokens % self.num_queries
