@@ -26,8 +26,9 @@ class Case:
     prefill_interval: int
     sink_tokens: int = 0
     recent_tokens: int = 0
-    semantic_tokens: int | None = None
-    """``None``: StreamingLLM, by age."""
+    selected_tokens: int = 0
+    rule: str = "age"
+    """Which of :data:`RULES` the selected tokens are kept by."""
     bounded: bool = True
     nf4: bool = False
     """Round the linear weights to NF4 and back, as the engine's were."""
@@ -87,6 +88,158 @@ def eviction_points(case: Case) -> list[int]:
     return points
 
 
+@dataclass
+class Layer:
+    """What one attention layer computes with, after RoPE."""
+
+    query: Any  # [num_heads, length, head_size]
+    key: Any  # [num_kv_heads, length, head_size]
+    value: Any
+    scale: float
+
+
+@dataclass
+class Held:
+    """A request at an eviction point: what it holds, block by block."""
+
+    oracle: Any
+    blocks: list[int]
+    """Full blocks that were not evicted."""
+    point: int
+    size: int
+    before: dict[int, float]
+    """Scores at the last eviction point."""
+
+    def tokens(self, block: int) -> slice:
+        return slice(block * self.size, (block + 1) * self.size)
+
+    def average(self, of_layer: Any) -> dict[int, float]:
+        """Mean over layers of what a layer says about each block."""
+        of_layers = [of_layer(layer) for layer in self.oracle.calls]
+        return {b: sum(float(of[b]) for of in of_layers) / len(of_layers) for b in self.blocks}
+
+    def attention(self, layer: Layer, num_queries: int) -> Any:
+        """Of the last queries over what is held now, ``[num_heads, num_queries, point]``."""
+        torch = self.oracle.torch
+        held = torch.zeros(self.point, dtype=torch.bool)
+        for block in self.blocks:
+            held[self.tokens(block)] = True
+        held[self.point // self.size * self.size :] = True
+        rows = []
+        for head, queries in enumerate(layer.query):
+            key = layer.key[head * len(layer.key) // len(layer.query)]
+            for i in range(self.point - num_queries, self.point):
+                logits = key @ queries[i] * layer.scale
+                logits[~held] = float("-inf")
+                logits[i + 1 :] = float("-inf")
+                rows.append(logits.softmax(0))
+        return torch.stack(rows).view(len(layer.query), num_queries, self.point)
+
+    def attended(self, num_queries: int) -> dict[int, float]:
+        """Attention of the last queries to each block: summed over both, mean over heads."""
+
+        def of_layer(layer: Layer) -> dict[int, Any]:
+            weights = self.attention(layer, num_queries).sum(1).mean(0)
+            return {b: weights[self.tokens(b)].sum() for b in self.blocks}
+
+        return self.average(of_layer)
+
+    def by_head(self, of_head: Any) -> dict[int, float]:
+        """Mean over KV heads and layers of ``of_head(group's queries, key, value)``.
+
+        Newest queries of the group ``[group, head_size]``, a block's keys and values.
+        """
+
+        def of_layer(layer: Layer) -> dict[int, Any]:
+            newest = layer.query[:, -1].unflatten(0, (len(layer.key), -1))
+            heads = list(zip(newest, layer.key, layer.value, strict=True))
+            return {
+                b: sum(of_head(q, k[self.tokens(b)], v[self.tokens(b)]) for q, k, v in heads)
+                / len(heads)
+                for b in self.blocks
+            }
+
+        return self.average(of_layer)
+
+
+def cosine(a: Any, b: Any) -> Any:
+    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+
+
+def study(held: Held) -> dict[int, float]:
+    return held.by_head(lambda q, k, v: cosine(q.mean(0), k.mean(0)))
+
+
+def h2o(held: Held) -> dict[int, float]:
+    now = held.attended(min(32, held.size))
+    return {b: score + held.before.get(b, 0.0) for b, score in now.items()}
+
+
+def tova(held: Held) -> dict[int, float]:
+    return held.attended(1)
+
+
+def snapkv(held: Held) -> dict[int, float]:
+    def of_layer(layer: Layer) -> dict[int, Any]:
+        votes = held.attention(layer, 32).mean((0, 1))
+        of_held = [b for b in held.blocks for _ in range(held.size)]
+        kept = [i for b in held.blocks for i in range(held.tokens(b).start, held.tokens(b).stop)]
+        kept += range(held.point // held.size * held.size, held.point)
+        pooled = []
+        for i in range(len(of_held)):
+            near = kept[max(0, i - 3) : i + 4]
+            # A block being filled is as long as a full one; nobody attends to its rest.
+            rest = held.size - held.point % held.size if held.point % held.size else 0
+            count = min(i + 4, len(kept) + rest) - max(0, i - 3)
+            pooled.append(float(votes[near].sum()) / count)
+        sums = dict.fromkeys(held.blocks, 0.0)
+        for block, value in zip(of_held, pooled, strict=True):
+            sums[block] += value / held.size
+        return sums
+
+    return held.average(of_layer)
+
+
+def keydiff(held: Held) -> dict[int, float]:
+    def of_layer(layer: Layer) -> dict[int, Any]:
+        sums = dict.fromkeys(held.blocks, 0.0)
+        for key in layer.key:
+            unit = [
+                key[held.tokens(b)] / key[held.tokens(b)].norm(dim=-1, keepdim=True)
+                for b in held.blocks
+            ]
+            anchor = sum(u.sum(0) for u in unit) / (len(unit) * held.size)
+            for block, u in zip(held.blocks, unit, strict=True):
+                sums[block] -= float(cosine(u, anchor).mean()) / len(layer.key)
+        return sums
+
+    return held.average(of_layer)
+
+
+RULES: dict[str, Any] = {
+    "study": study,
+    "h2o": h2o,
+    "tova": tova,
+    "snapkv": snapkv,
+    "paged_eviction": lambda held: held.by_head(
+        lambda q, k, v: (v.norm(dim=-1) / k.norm(dim=-1)).mean()
+    ),
+    "knorm": lambda held: held.by_head(lambda q, k, v: -k.norm(dim=-1).mean()),
+    "keydiff": keydiff,
+    "quest": lambda held: held.by_head(
+        lambda q, k, v: (
+            sum(
+                float((one * k).amax(0).sum())
+                for one in q  # the products' extremes are at the keys'
+            )
+            / len(q)
+        )
+    ),
+    "ucm": lambda held: held.by_head(lambda q, k, v: q.mean(0) @ k.mean(0)),
+}
+"""Higher = keep; each from its paper's definition, reduced to blocks by the mean."""
+
+
 class Oracle:
     """One model, evaluated with an explicit mask."""
 
@@ -95,7 +248,7 @@ class Oracle:
         from transformers import AttentionInterface, AutoModelForCausalLM
 
         self.torch = torch
-        self.calls: list[tuple[Any, Any]] = []  # per layer: query, key after RoPE
+        self.calls: list[Layer] = []
         attention = f"oracle-{id(self)}"
         AttentionInterface.register(attention, self._attention)
         self.model = AutoModelForCausalLM.from_pretrained(
@@ -118,11 +271,11 @@ class Oracle:
         self, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any
     ) -> tuple[Any, None]:
         visible = self.mask[: self.length, : self.length]
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         if window := kwargs.get("sliding_window"):  # forgets by itself, under no policy
             visible = self.torch.ones_like(visible).tril().triu(1 - window)
         else:
-            self.calls.append((query, key))
-        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            self.calls.append(Layer(query[0].float(), key[0].float(), value[0].float(), scale))
         output = self.torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
@@ -139,6 +292,7 @@ class Oracle:
         self.ids = ids = torch.tensor([case.token_ids])
         total, size = len(case.token_ids), case.block_size
         self.mask = torch.ones(total, total, dtype=torch.bool).tril()
+        self.scores: dict[int, float] = {}
         with torch.no_grad():
             alive: set[int] = set()
             seen = 0
@@ -172,33 +326,24 @@ class Oracle:
         size = case.block_size
         num_sink = -(-case.sink_tokens // size)
         num_recent = -(-case.recent_tokens // size)
-        num_semantic = -(-(case.semantic_tokens or 0) // size)
+        num_selected = -(-case.selected_tokens // size)
         forced = None if case.forced is None else case.forced.get(point, [])
-        excess = len(alive) - (num_sink + num_recent + num_semantic)
+        excess = len(alive) - (num_sink + num_recent + num_selected)
         if not case.bounded or excess <= 0:
             return [], float("inf")
         middle = alive[num_sink : len(alive) - num_recent]
-        if case.semantic_tokens is None:
+        if case.rule == "age":
             return middle[:excess], float("inf")
         self._forward(self.ids, point)  # what was evicted before is masked by now
-        ranked = sorted((self._similarity(block, size), block) for block in middle)
+        worth = RULES[case.rule](Held(self, alive, point, size, self.scores))
+        self.scores = worth
+        ranked = sorted((worth[block], block) for block in middle)
         if forced is not None:
             kept = [score for score, block in ranked if block not in forced]
             gone = [score for score, block in ranked if block in forced]
             return forced, min(kept) - max(gone)
         margin = ranked[excess][0] - ranked[excess - 1][0] if excess < len(ranked) else float("inf")
         return sorted(block for _, block in ranked[:excess]), margin
-
-    def _similarity(self, block: int, size: int) -> float:
-        """Cosine of the newest query and the block's mean key, over layers and KV heads."""
-        cosines = []
-        for query, key in self.calls:
-            kv_heads = key.shape[1]
-            newest = query[0, :, -1].float().unflatten(0, (kv_heads, -1)).mean(1)
-            mean_key = key[0, :, block * size : (block + 1) * size].float().mean(1)
-            norms = newest.norm(dim=1) * mean_key.norm(dim=1)
-            cosines.append(((newest * mean_key).sum(1) / norms).mean())
-        return float(sum(cosines) / len(cosines))
 
 
 def main() -> None:

@@ -18,6 +18,11 @@ POLICIES: dict[str, dict[str, int]] = {
     "semantic": {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 128},
 }
 
+RULES: dict[str, dict[str, int]] = {
+    name: {"sink_tokens": 8, "recent_tokens": 64, "selected_tokens": 128}
+    for name in ("h2o", "tova", "snapkv", "paged_eviction", "knorm", "keydiff", "quest", "ucm")
+}
+
 # Float32 on both sides, two layers: the two differ in summation order alone. The bound is
 # float32's unit roundoff times the number of sums behind a logit (width x layers x length).
 TOLERANCE = 2**-24 * 256 * 2 * 16
@@ -36,6 +41,12 @@ def test_engine_agrees_with_oracle(
         model, prompts, 280, block_size, hybrid=architecture == "gemma"
     )
     assert len(eviction_steps) > 4, "requests must evict in different steps"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_of_the_field_agree_with_oracle(rule: str, llama: str) -> None:
+    """Each rule evicts what its paper's formula says, from queries, keys, values, attention."""
+    assert_policies_agree(llama, random_prompts([700, 330]), 150, 32, policies=(rule,))
 
 
 def assert_policies_agree(
@@ -58,7 +69,7 @@ def assert_policies_agree(
     traces: list[dict[int, list[int]]] = []
     answers: list[Any] = []
     for policy in policies:
-        options = POLICIES[policy]
+        options = (POLICIES | RULES)[policy]
         with engine(model, policy=policy, kv_policy_config=options, block_size=block_size) as llm:
             assert_only_full_attention(llm, hybrid)
             outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -74,12 +85,19 @@ def assert_policies_agree(
                     block_size=block_size,
                     prefill_interval=512,
                     eviction_delay=int(interpreter.wanted()),
-                    **options,
+                    **case_options(policy, options),
                 )
             )
     for case, trace, answer, verdict in zip(cases, traces, answers, judge(cases), strict=True):
         assert_agrees(case, trace, answer, verdict)
     return {frozenset(trace) for trace in traces if trace}
+
+
+def case_options(policy: str, options: dict[str, int]) -> dict[str, Any]:
+    """A policy's options in the oracle's words."""
+    rule = {"streaming": "age", "semantic": "study"}.get(policy, policy)
+    renamed = {name.replace("semantic_", "selected_"): n for name, n in options.items()}
+    return {"rule": rule, **renamed}
 
 
 def assert_only_full_attention(llm: Any, hybrid: bool) -> None:

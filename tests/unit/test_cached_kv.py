@@ -1,4 +1,4 @@
-"""Keys that vLLM's own op wrote to random slots are read back exactly."""
+"""Keys and values that vLLM's own op wrote to random slots are read back exactly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from vllm import _custom_ops as custom_ops
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 
-from vllm_semantic.engine.key_cache import KeyCache, cpu_key_places, stack_layers
+from vllm_semantic.engine.cached_kv import CachedKV, Places, cpu_places, stack_layers
 
 NUM_LAYERS = 2
 NUM_KERNEL_BLOCKS = 12
@@ -22,11 +22,11 @@ def empty_cache(
     return torch.zeros(shape, dtype=dtype)
 
 
-def write_random_keys(kv_cache: torch.Tensor, seed: int) -> torch.Tensor:
+def write_random(kv_cache: torch.Tensor, seed: int) -> torch.Tensor:
     """Fill one layer's cache as the CPU backend does.
 
     Returns:
-        The keys ``[num_blocks, block_size, num_kv_heads, head_size]``.
+        Keys and values ``[2, num_blocks, block_size, num_kv_heads, head_size]``.
     """
     num_blocks, num_kv_heads, block_size, width = kv_cache.shape
     head_size = width // 2
@@ -46,41 +46,45 @@ def write_random_keys(kv_cache: torch.Tensor, seed: int) -> torch.Tensor:
         custom_ops.cpu_attn_reshape_and_cache(
             keys[part], values[part], key_cache, value_cache, slots[part], isa
         )
-    by_slot = torch.empty_like(keys)
-    by_slot[slots] = keys
-    return by_slot.view(num_blocks, block_size, num_kv_heads, head_size)
+    by_slot = torch.empty(2, *keys.shape, dtype=keys.dtype)
+    by_slot[:, slots] = torch.stack((keys, values))
+    return by_slot.view(2, num_blocks, block_size, num_kv_heads, head_size)
 
 
-def reader(kv_cache: torch.Tensor, kernel_blocks: int) -> KeyCache:
+def reader(kv_cache: torch.Tensor, kernel_blocks: int) -> CachedKV:
     block_size, head_size = kv_cache.shape[3], kv_cache.shape[4] // 2
     isa = _get_attn_isa(kv_cache.dtype, block_size, head_size)
-    places = cpu_key_places(block_size, head_size, kv_cache.dtype, isa)
-    return KeyCache(kv_cache, head_size, kernel_blocks, places)
+    places = cpu_places(block_size, head_size, kv_cache.dtype, isa)
+    return CachedKV(kv_cache, head_size, kernel_blocks, places)
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 3])
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("block_size", [32, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_keys_come_back(
+def test_keys_and_values_come_back(
     dtype: torch.dtype, block_size: int, head_size: int, num_kv_heads: int
 ) -> None:
     kv_cache = empty_cache(dtype, block_size, head_size, num_kv_heads)
-    keys = torch.stack([write_random_keys(layer, seed) for seed, layer in enumerate(kv_cache)])
+    written = torch.stack([write_random(layer, seed) for seed, layer in enumerate(kv_cache)], 1)
     block_ids = torch.tensor([3, 0, 5, 3, 1])
     for kernel_blocks in (1, 2):
-        gathered = reader(kv_cache, kernel_blocks).gather(block_ids)
+        cache = reader(kv_cache, kernel_blocks)
         # A block of the manager is this many kernel blocks in a row.
-        blocks = keys.view(NUM_LAYERS, -1, kernel_blocks * block_size, num_kv_heads, head_size)
-        assert gathered.dtype == dtype
-        assert torch.equal(gathered, blocks[:, block_ids].transpose(2, 3))
+        shape = (NUM_LAYERS, -1, kernel_blocks * block_size, num_kv_heads, head_size)
+        for half, gather in zip(written, (cache.gather_keys, cache.gather_values), strict=True):
+            gathered = gather(block_ids)
+            assert gathered.dtype == dtype
+            assert torch.equal(gathered, half.view(shape)[:, block_ids].transpose(2, 3))
 
 
 @pytest.mark.parametrize("kernel_blocks", [1, 2])
-def test_no_block_is_no_key(kernel_blocks: int) -> None:
+def test_no_block_holds_nothing(kernel_blocks: int) -> None:
     kv_cache = empty_cache(torch.float32, 32, 64, 2)
-    gathered = reader(kv_cache, kernel_blocks).gather(torch.tensor([], dtype=torch.long))
-    assert gathered.shape == (NUM_LAYERS, 0, 2, 32 * kernel_blocks, 64)
+    cache = reader(kv_cache, kernel_blocks)
+    for gather in (cache.gather_keys, cache.gather_values):
+        gathered = gather(torch.tensor([], dtype=torch.long))
+        assert gathered.shape == (NUM_LAYERS, 0, 2, 32 * kernel_blocks, 64)
 
 
 def test_the_head_sizes_are_those_of_the_backend() -> None:
@@ -89,31 +93,39 @@ def test_the_head_sizes_are_those_of_the_backend() -> None:
 
 @pytest.mark.parametrize("isa", ["vec", "vec16"])
 def test_places_are_a_permutation(isa: str) -> None:
-    places = cpu_key_places(32, 64, torch.float32, isa).tolist()
-    assert sorted(places) == list(range(32 * 64))
-    assert places != list(range(32 * 64)), "keys in order: nothing to look up any more"
+    places = cpu_places(32, 64, torch.float32, isa)
+    in_order = list(range(32 * 64))
+    for half in places:
+        assert sorted(half.tolist()) == in_order
+    assert places.keys.tolist() != in_order, "keys in order: nothing to look up any more"
 
 
 def test_any_places_will_do() -> None:
     """Not only those of the machine that runs this: as of another instruction set."""
     block_size, head_size = 16, 8
     kv_cache = torch.randn(NUM_LAYERS, 4, 3, block_size, 2 * head_size)
-    places = torch.randperm(block_size * head_size, generator=torch.Generator().manual_seed(0))
-    gathered = KeyCache(kv_cache, head_size, 1, places).gather(torch.tensor([2, 1]))
-    for block, block_id in enumerate((2, 1)):
+    generator = torch.Generator().manual_seed(0)
+    size = block_size * head_size
+    places = Places(*(torch.randperm(size, generator=generator) for _ in range(2)))
+    cache = CachedKV(kv_cache, head_size, 1, places)
+    ids = torch.tensor([2, 1])
+    for start, gathered, at in zip(
+        (0, size), (cache.gather_keys(ids), cache.gather_values(ids)), places, strict=True
+    ):
         for token in range(block_size):
             for channel in range(head_size):
-                place = places[token * head_size + channel]
-                expected = kv_cache[:, block_id].flatten(2)[:, :, place]
-                assert torch.equal(gathered[:, block, :, token, channel], expected)
+                expected = kv_cache[:, ids].flatten(3)[..., start + at[token * head_size + channel]]
+                assert torch.equal(gathered[:, :, :, token, channel], expected)
 
 
 def test_keys_next_to_their_values_need_no_places() -> None:
     """The layout of vLLM's GPU backends."""
     kv_cache = torch.randn(NUM_LAYERS, 6, 2, 16, 2 * 8)
-    gathered = KeyCache(kv_cache, 8, 1).gather(torch.tensor([4, 1]))
-    assert torch.equal(gathered, kv_cache[:, [4, 1], :, :, :8])
-    gathered = KeyCache(kv_cache, 8, 3).gather(torch.tensor([1]))
+    cache = CachedKV(kv_cache, 8, 1)
+    ids = torch.tensor([4, 1])
+    assert torch.equal(cache.gather_keys(ids), kv_cache[:, ids, :, :, :8])
+    assert torch.equal(cache.gather_values(ids), kv_cache[:, ids, :, :, 8:])
+    gathered = CachedKV(kv_cache, 8, 3).gather_keys(torch.tensor([1]))
     expected = torch.cat([kv_cache[:, i, :, :, :8] for i in (3, 4, 5)], dim=2)
     assert torch.equal(gathered[:, 0], expected)
 
@@ -122,7 +134,7 @@ def test_a_layout_that_loses_keys_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     """As if a kernel stored keys rounded, or not at all."""
     monkeypatch.setattr(custom_ops, "cpu_attn_reshape_and_cache", lambda *_: None)
     with pytest.raises(RuntimeError, match=r"\(vec, torch.float32\).*--kv-policy cannot read"):
-        cpu_key_places(32, 32, torch.float32, "vec")
+        cpu_places(32, 32, torch.float32, "vec")
 
 
 # -- layers at equal distances ---------------------------------------------------------

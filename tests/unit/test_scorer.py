@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from vllm_semantic.engine.key_cache import KeyCache
 
 from vllm_semantic.engine.backend import CapturingImpl
-from vllm_semantic.engine.key_cache import KeyCache
 from vllm_semantic.engine.scorer import BlockScorer, ScoredLayers
 from vllm_semantic.messages import ScoreRequest
 from vllm_semantic.policies import SemanticPolicy
