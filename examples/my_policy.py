@@ -1,10 +1,9 @@
-"""A policy of one's own in one file: keep the blocks with the smallest key norms.
+"""A policy of one's own in one file: keep the blocks whose values are largest.
 
-Knorm (Devoto et al., 2024, arXiv:2406.11430) on whole blocks. Any process that can import the
-class can name it, so from the root of the repository:
+Any process that can import the class can name it, so from the root of the repository:
 
     python -m examples.my_policy
-    PYTHONPATH=. vllm serve MODEL --kv-policy examples.my_policy.KnormPolicy
+    PYTHONPATH=. vllm serve MODEL --kv-policy examples.my_policy.ValueNormPolicy
 """
 
 from dataclasses import dataclass
@@ -13,28 +12,20 @@ from typing import ClassVar
 
 import torch
 
-from vllm_semantic.policies import KVPolicy
+from vllm_semantic.policies import BlockView, SelectivePolicy
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnormPolicy(KVPolicy):
-    """Sink, recent, and the blocks with small keys: a small key tends to be attended more."""
+class ValueNormPolicy(SelectivePolicy):
+    """Sink, recent, and the blocks with large values: they say most when they are attended to."""
 
-    name: ClassVar[str] = "knorm"
+    name: ClassVar[str] = "value_norm"
 
-    sink_tokens: int = 8
-    recent_tokens: int = 64
-    kept_tokens: int = 192
-
-    @property
-    def selected_tokens(self) -> int:
-        return self.kept_tokens
-
-    def score(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        # keys: [num_blocks, num_kv_heads, block_size, head_size] -> [num_blocks], higher = keep
-        return -keys.float().norm(dim=-1).mean(dim=(1, 2))
+    def score(self, view: BlockView) -> torch.Tensor:
+        # [num_layers, num_blocks, num_kv_heads, block_size, head_size] -> [num_layers, num_blocks]
+        return view.full.values.norm(dim=-1).mean(dim=(2, 3))  # higher = keep
 
 
 def main() -> None:
@@ -44,8 +35,8 @@ def main() -> None:
 
     llm = LLM(
         str(ROOT / "models" / "lookback-5m"),
-        kv_policy="examples.my_policy.KnormPolicy",
-        kv_policy_config={"kept_tokens": 128},
+        kv_policy="examples.my_policy.ValueNormPolicy",
+        kv_policy_config={"selected_tokens": 128},
         max_model_len=2048,
         kv_cache_memory_bytes=64 << 20,
         enforce_eager=True,

@@ -38,7 +38,7 @@ def test_every_step_goes_through_the_same_memory(llama: str) -> None:
 
         def following(*args: Any, **kwargs: Any) -> Any:
             metadata = build(*args, **kwargs)
-            seen.append((metadata.block_table, metadata.seq_lens, metadata.last_query_rows))
+            seen.append((metadata.block_table, metadata.seq_lens, *metadata.kept_queries))
             return metadata
 
         builder.captured, builder.build = True, following
@@ -70,4 +70,7 @@ def test_capturing_marks_the_builder(llama: str) -> None:
         assert builder.captured
         assert metadata.block_table.data_ptr() == builder.buffers.block_table.data_ptr()
         assert metadata.seq_lens.data_ptr() == builder.buffers.seq_lens.data_ptr()
-        assert metadata.last_query_rows.data_ptr() == builder.buffers.last_query_rows.data_ptr()
+        for rows, buffer in zip(metadata.kept_queries, builder.buffers.query_rows, strict=True):
+            assert rows.data_ptr() == buffer.data_ptr()
+        # No request is running: what the graph keeps goes where nobody looks.
+        assert set(metadata.kept_queries.rows.tolist()) == {builder.buffers.windows.spare_row}

@@ -22,7 +22,8 @@ def reference(
     scores = []
     for layer_queries, layer_keys in zip(queries, keys, strict=True):
         gathered = layer_keys[kernel_ids].transpose(1, 2).flatten(2, 3)
-        scores.append(mean_key_cosine(layer_queries[rows].float(), gathered.float()))
+        pairs = mean_key_cosine(layer_queries[rows].float(), gathered.float().unsqueeze(1))
+        scores.append(pairs.squeeze(1))
     return torch.stack(scores)
 
 

@@ -10,9 +10,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from vllm.v1.outputs import ModelRunnerOutput
 
+from vllm_semantic.engine.query_windows import QueryWindows
 from vllm_semantic.messages import KVPolicyStep, attach_scores, step_of
 from vllm_semantic.policies import KVPolicy
 
@@ -59,6 +61,7 @@ class ExpectedEvictions:
     alive: set[int] = field(default_factory=set)
     num_tokens: int = 0
     evictions: dict[int, list[int]] = field(default_factory=dict)
+    scores: dict[int, float] = field(default_factory=dict)
 
     def until(self, num_tokens: int) -> dict[int, list[int]]:
         """Computed tokens at each eviction -> logical blocks, up to ``num_tokens``."""
@@ -89,9 +92,12 @@ class ExpectedEvictions:
         )
         blocks = sorted(self.alive)
         middle = blocks[sink : len(blocks) - recent]
+        if len(self.alive) > sink + recent + selected:
+            # What a policy remembers of earlier points: only those at which blocks had to go.
+            left = {b: self.policy.decay * score for b, score in self.scores.items()}
+            self.scores = {b: self.tokens.score(n, b) + left.get(b, 0.0) for b in blocks}
         while len(self.alive) > sink + recent + selected:
-            oldest_first = (lambda b: b) if not selected else lambda b: (self.tokens.score(n, b), b)
-            worst = min(middle, key=oldest_first)
+            worst = min(middle, key=lambda b: (self.scores[b] if selected else 0, b))
             middle.remove(worst)
             self.alive.remove(worst)
             self.evictions.setdefault(n, []).append(worst)
@@ -110,20 +116,26 @@ class Slot(NamedTuple):
 class PagedWorker:
     """Does with a scheduler's output what the workers do, and checks every read and write."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, num_queries: int, max_num_reqs: int) -> None:
         self.block_size = block_size
+        self.windows = QueryWindows(num_queries, max_num_reqs)
+        self.queries: dict[int, tuple[str, int]] = {}
+        """Row of the query buffers -> request and position."""
         self.cache: dict[int, dict[int, Slot]] = {}
         self.rows: dict[str, list[int]] = {}
         self.gone: dict[str, set[int]] = {}
 
     def execute(self, output: Any, requests: dict[str, Tokens]) -> ModelRunnerOutput:
         step = step_of(output) or KVPolicyStep()
+        self.windows.forget(output.finished_req_ids | (output.preempted_req_ids or set()))
         self._apply_evictions(step)
         spans = self._update_rows(output, requests)
         for request_id, (start, end, _) in spans.items():
             self._write(request_id, requests[request_id], start, end)
         for request_id, (_, end, _) in spans.items():
             self._read(request_id, requests[request_id], end)
+        if step.keeps_queries:
+            self._keep_queries({r: (start, end) for r, (start, end, _) in spans.items()})
         result = ModelRunnerOutput(
             req_ids=list(spans),
             req_id_to_index={request_id: i for i, request_id in enumerate(spans)},
@@ -137,6 +149,22 @@ class PagedWorker:
             scores = {r: self._score(asked[r], r, requests[r], spans[r][1]) for r in asked}
             attach_scores(result, {0: scores})
         return result
+
+    def _keep_queries(self, spans: dict[str, tuple[int, int]]) -> None:
+        starts = np.cumsum([0, *(end - start for start, end in spans.values())])
+        ends = np.array([end for _, end in spans.values()])
+        sources, rows = self.windows.place(list(spans), starts, ends)
+        batch = [(r, i) for r, (start, end) in spans.items() for i in range(start, end)]
+        assert len(set(rows)) == len(rows), "two queries in one place"
+        for source, row in zip(sources, rows, strict=True):
+            self.queries[row] = batch[source]
+
+    def _check_window(self, request_id: str, end: int) -> None:
+        """Everything that a policy will be shown is a query of this request, in order."""
+        first = max(0, end - self.windows.num_queries)
+        shown = [self.queries.get(row) for row in self.windows.window(request_id, end)]
+        assert shown == [(request_id, position) for position in range(first, end)]
+        assert self.windows.newest_row(request_id, end) == self.windows.window(request_id, end)[-1]
 
     def _apply_evictions(self, step: KVPolicyStep) -> None:
         for request_id, blocks in step.evictions.get(0, {}).items():
@@ -195,9 +223,12 @@ class PagedWorker:
     def _score(self, asked: Any, request_id: str, tokens: Tokens, end: int) -> list[float]:
         row = self.rows[request_id]
         assert asked.block_indices == sorted(set(asked.block_indices))
-        assert [row[i] for i in asked.block_indices] == asked.block_ids
+        filling = [end // self.block_size] if end % self.block_size else []
+        assert [row[i] for i in asked.block_indices + filling] == asked.block_ids
         assert 0 not in asked.block_ids, "asked to score what was evicted"
-        assert all(i < end // self.block_size for i in asked.block_indices)
+        held = [i for i in range(end // self.block_size) if row[i]]
+        assert asked.block_indices == held, "every full block that is held"
+        self._check_window(request_id, end)
         return [tokens.score(end, i) for i in asked.block_indices]
 
     def slots_of(self, request_id: str, end: int) -> list[tuple[int, Slot]]:

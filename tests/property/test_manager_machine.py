@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -28,6 +29,8 @@ from vllm_semantic.engine.manager import SemanticManager
 from vllm_semantic.engine.spec import SemanticSpec
 from vllm_semantic.messages import ScoreRequest
 from vllm_semantic.policies import KVPolicy, SemanticPolicy, StreamingPolicy
+from vllm_semantic.policies.h2o import H2OPolicy
+from vllm_semantic.policies.random import RandomPolicy
 
 from .paged import PrefixOfHash, Slot, Tokens, check_pool, check_pool_whole
 
@@ -41,6 +44,8 @@ POLICIES: list[KVPolicy] = [
     SemanticPolicy(sink_tokens=4, recent_tokens=8, semantic_tokens=8),
     SemanticPolicy(sink_tokens=0, recent_tokens=4, semantic_tokens=4),
     SemanticPolicy(sink_tokens=5, recent_tokens=7, semantic_tokens=13),
+    H2OPolicy(sink_tokens=4, recent_tokens=8, selected_tokens=8),
+    RandomPolicy(sink_tokens=4, recent_tokens=4, selected_tokens=12),
 ]
 
 
@@ -66,6 +71,22 @@ class Life:
     def processed(self) -> int:
         """Tokens of settled steps."""
         return self.request.num_computed_tokens - self.request.num_in_flight_tokens
+
+
+class Requests(Mapping[str, Request]):
+    """The lives as the scheduler's dict of requests."""
+
+    def __init__(self, lives: Mapping[str, Life]) -> None:
+        self.lives = lives
+
+    def __getitem__(self, request_id: str) -> Request:
+        return self.lives[request_id].request
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.lives)
+
+    def __len__(self) -> int:
+        return len(self.lives)
 
 
 class ManagerMachine(RuleBasedStateMachine):
@@ -102,6 +123,7 @@ class ManagerMachine(RuleBasedStateMachine):
         assert type(self.manager) is SemanticManager
         init_none_hash(sha256)
         self.lives: dict[str, Life] = {}
+        self.manager.requests = Requests(self.lives)
         self.prompts: list[Tokens] = []
         self.cache: dict[int, dict[int, Slot]] = {}
         self.hashes = PrefixOfHash(BLOCK_SIZE)
@@ -305,8 +327,9 @@ class ManagerMachine(RuleBasedStateMachine):
             return
         table = self._table(life)
         kept = [i for i, b in enumerate(table) if b and (i + 1) * BLOCK_SIZE <= life.end]
-        assert asked.block_indices == list(self.manager.budget.candidates(kept))
-        assert asked.block_ids == [table[i] for i in asked.block_indices]
+        assert asked.block_indices == kept
+        filling = [life.end // BLOCK_SIZE] if life.end % BLOCK_SIZE else []
+        assert asked.block_ids == [table[i] for i in kept + filling]
 
     def check(self) -> None:
         tables = dict(self.manager.req_to_blocks)

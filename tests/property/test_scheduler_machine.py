@@ -55,6 +55,7 @@ TIGHT = [
     {"name": "semantic", "sink_tokens": 4, "recent_tokens": 8, "semantic_tokens": 12},
     {"name": "semantic", "sink_tokens": 0, "recent_tokens": 4, "semantic_tokens": 4},
     {"name": "semantic", "sink_tokens": 9, "recent_tokens": 4, "semantic_tokens": 20},
+    {"name": "h2o", "sink_tokens": 4, "recent_tokens": 8, "selected_tokens": 12},
 ]
 AMPLE = [
     {"name": "full"},
@@ -141,7 +142,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.stock = make_scheduler(stock, config, full, num_blocks)
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(BLOCK_SIZE, sha256) if self.caching else None
-        self.worker = PagedWorker(BLOCK_SIZE)
+        self.worker = PagedWorker(BLOCK_SIZE, self.policy.num_queries, MAX_REQUESTS)
         self.hashes = PrefixOfHash(BLOCK_SIZE)
         self.in_flight: deque[tuple[Any, Any, Any]] = deque()
         self.tokens: dict[str, Tokens] = {}
@@ -355,7 +356,7 @@ def test_schedulers(asynchronous: bool, policies: list[dict[str, Any]], llama: s
     run_state_machine_as_test(
         lambda: SchedulerMachine(llama, asynchronous, policies, seen),
         settings=settings(
-            max_examples=300,
+            max_examples=400,
             stateful_step_count=40,
             deadline=None,
             derandomize="EXPLORE" not in os.environ,

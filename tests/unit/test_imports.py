@@ -68,11 +68,13 @@ def test_pure_packages_work_without_vllm(repo: Path) -> None:
 from vllm_semantic.config import policy_from_config
 from vllm_semantic.messages import KVPolicyStep
 from vllm_semantic.ops.compaction import compacted
+from vllm_semantic.policies import BlockView
 import torch
 policy = policy_from_config({{"name": "semantic", "semantic_tokens": 96}})
-scores = policy.score(torch.ones(2, 4, 8), torch.ones(2, 2, 16, 8))
+keys = torch.ones(1, 2, 2, 16, 8)
+scores = policy.score(BlockView(torch.ones(1, 1, 4, 8), keys, keys, torch.arange(2), 32, 1.0))
 table, _ = compacted(torch.tensor([[3, 0, 2]]), torch.tensor([40]), 16, 40, 1)
-print(policy.budget(32).total, scores.shape[0], table[0, :2].tolist(), KVPolicyStep().evictions)
+print(policy.budget(32).total, scores.shape[1], table[0, :2].tolist(), KVPolicyStep().evictions)
 """
     assert run_python(code, repo) == "6 2 [3, 2] {}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
@@ -12,16 +14,27 @@ from hypothesis import strategies as st
 from vllm_semantic.policies import (
     POLICIES,
     BlockBudget,
+    BlockView,
     FullPolicy,
     KVPolicy,
     SemanticPolicy,
     StreamingPolicy,
 )
+from vllm_semantic.policies.oracle import FUTURE_ATTENTION, OraclePolicy
+from vllm_semantic.policies.random import RandomPolicy
 
 DOCUMENTED = {
     "full": {},
     "streaming": {"sink_tokens": 4, "recent_tokens": 256},
     "semantic": {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 192},
+    "h2o": {"sink_tokens": 8, "recent_tokens": 128, "selected_tokens": 128},
+    "random": {"sink_tokens": 8, "recent_tokens": 64, "selected_tokens": 192, "seed": 0},
+} | {
+    name: {"sink_tokens": 8, "recent_tokens": 64, "selected_tokens": 192}
+    for name in (
+        *("tova", "snapkv", "paged_eviction", "knorm", "keydiff", "quest", "ucm"),
+        "oracle",
+    )
 }
 
 repeatable = settings(deadline=None, derandomize=True)
@@ -36,17 +49,16 @@ def test_a_policy_is_what_its_options_say(name: str) -> None:
     options = {option: 7 + i for i, option in enumerate(DOCUMENTED[name])}
     policy = POLICIES[name](**options)
     assert {option: getattr(policy, option) for option in options} == options
-    assert policy.budget_tokens == sum(options.values())
+    parts = [tokens for option, tokens in options.items() if option.endswith("_tokens")]
+    assert policy.budget_tokens == sum(parts)
     assert policy.name == name
 
 
 def test_what_each_policy_does() -> None:
-    properties = {name: (p().bounded, p().scores_blocks) for name, p in POLICIES.items()}
-    assert properties == {
-        "full": (False, False),
-        "streaming": (True, False),
-        "semantic": (True, True),
-    }
+    unbounded = {name for name, policy in POLICIES.items() if not policy.bounded}
+    assert unbounded == {"full"}
+    on_the_host = {name for name, policy in POLICIES.items() if not policy().scores_blocks}
+    assert on_the_host == {"full", "streaming", "random", "oracle"}
     assert not SemanticPolicy(semantic_tokens=0).scores_blocks
 
 
@@ -100,11 +112,58 @@ def test_candidates_are_neither_sink_nor_recent(
 
 
 def test_policies_without_a_score_refuse_to_score() -> None:
-    queries, keys = torch.ones(1, 2, 4), torch.ones(1, 1, 3, 4)
+    view = BlockView(
+        torch.ones(1, 1, 2, 4), *[torch.ones(1, 1, 1, 3, 4)] * 2, torch.tensor([0]), 3, 0.5
+    )
     for policy in (FullPolicy(), StreamingPolicy()):
         with pytest.raises(TypeError, match=f"policy '{policy.name}' keeps blocks by age"):
-            policy.score(queries, keys)
-    assert SemanticPolicy().score(queries, keys).tolist() == pytest.approx([1.0])
+            policy.score(view)
+    assert SemanticPolicy().score(view).tolist() == [pytest.approx([1.0])]
+
+
+def test_attention_is_causal_and_adds_up_to_one() -> None:
+    """Three queries of the last tokens over two full blocks and one being filled."""
+    torch.manual_seed(0)
+    size, num_tokens = 4, 22
+    view = BlockView(
+        queries=torch.randn(2, 3, 4, 8),
+        keys=torch.randn(2, 3, 2, size, 8),
+        values=torch.randn(2, 3, 2, size, 8),
+        block_indices=torch.tensor([0, 3, 5]),
+        num_tokens=num_tokens,
+        scale=0.5,
+    )
+    weights = view.attention()
+    assert weights.shape == (2, 4, 3, 3, size)
+    torch.testing.assert_close(weights.sum((3, 4)), torch.ones(2, 4, 3))
+    positions = [[4 * i + j for j in range(size)] for i in (0, 3, 5)]
+    for layer, head, i, block, j in itertools.product(*map(range, weights.shape)):
+        query, seen = num_tokens - 3 + i, []
+        for b, row in enumerate(positions):
+            for k, position in enumerate(row):
+                dot = view.queries[layer, i, head] @ view.keys[layer, b, head // 2, k] * 0.5
+                seen.append(math.exp(dot) if position <= query else 0.0)
+        expected = seen[block * size + j] / sum(seen)
+        assert float(weights[layer, head, i, block, j]) == pytest.approx(expected, abs=2**-20)
+    torch.testing.assert_close(view.attention(1), weights[:, :, -1:])
+    assert (view.num_full_blocks, view.full.keys.shape[1]) == (2, 2)
+
+
+def test_random_is_the_same_for_the_same_seed() -> None:
+    def ranked(seed: int, num_tokens: int) -> list[float]:
+        return list(RandomPolicy(seed=seed).rank(range(9), num_tokens, {}))
+
+    assert ranked(0, 64) == ranked(0, 64)
+    assert len({tuple(ranked(s, n)) for s in range(4) for n in (64, 96)}) == 8
+    first = [min(range(9), key=ranked(s, 64).__getitem__) for s in range(900)]
+    counts = [first.count(block) for block in range(9)]
+    assert max(abs(count - 100) for count in counts) < 40  # four standard deviations
+
+
+def test_the_oracle_keeps_what_its_request_says() -> None:
+    extra_args = {FUTURE_ATTENTION: {"64": [0.0, 3.0, 1.0, 2.0]}}
+    assert OraclePolicy().rank([1, 3], 64, extra_args) == [3.0, 2.0]
+    assert OraclePolicy().rank([1, 3], 96, extra_args) == [1, 3], "by age"
 
 
 def test_a_policy_cannot_change_under_a_running_engine() -> None:

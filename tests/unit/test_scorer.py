@@ -7,27 +7,39 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_semantic.engine.key_cache import KeyCache
 
-from vllm_semantic.engine.backend import CapturingImpl
+from vllm_semantic.engine import scorer
+from vllm_semantic.engine.backend import CapturingImpl, KeptQueries
+from vllm_semantic.engine.cached_kv import CachedKV
+from vllm_semantic.engine.query_windows import QueryWindows
 from vllm_semantic.engine.scorer import BlockScorer, ScoredLayers
 from vllm_semantic.messages import ScoreRequest
-from vllm_semantic.policies import SemanticPolicy
+from vllm_semantic.policies import BlockView, SemanticPolicy
+from vllm_semantic.policies.tova import TOVAPolicy
 
 HEAD_SIZE, BLOCK_SIZE = 16, 4
+WINDOW, MAX_REQS = 6, 5
 
 
 def random_layers(num_layers: int, kernel_blocks: int = 1) -> ScoredLayers:
     kv_cache = torch.randn(num_layers, 20, 2, BLOCK_SIZE, 2 * HEAD_SIZE)
-    queries = torch.randn(num_layers, 5, 4, HEAD_SIZE)
-    return ScoredLayers(KeyCache(kv_cache, HEAD_SIZE, kernel_blocks), queries)
+    queries = torch.randn(num_layers, WINDOW * MAX_REQS + 1, 4, HEAD_SIZE)
+    return ScoredLayers(CachedKV(kv_cache, HEAD_SIZE, kernel_blocks), queries, HEAD_SIZE**-0.5)
+
+
+def windows() -> QueryWindows:
+    """As if these requests had run before: rings in this order."""
+    rings = QueryWindows(WINDOW, MAX_REQS)
+    for request_id in ("a", "idle", "b", "c"):
+        rings.newest_row(request_id, 1)
+    return rings
 
 
 def by_definition(layers: list[ScoredLayers], row: int, block_id: int) -> float:
     """Layer by layer, head by head, in float64."""
     cosines = []
     for stack in layers:
-        keys = stack.key_cache.gather(torch.tensor([block_id])).double()[:, 0]
+        keys = stack.cache.gather_keys(torch.tensor([block_id])).double()[:, 0]
         for layer_keys, queries in zip(keys, stack.queries[:, row].double(), strict=True):
             for head, head_keys in enumerate(layer_keys):
                 group = queries[2 * head : 2 * head + 2].mean(0)
@@ -42,50 +54,85 @@ def test_each_block_meets_its_own_requests_query(kernel_blocks: int) -> None:
         0: [random_layers(3, kernel_blocks)],
         2: [random_layers(1, kernel_blocks), random_layers(2, kernel_blocks)],
     }
+    size = BLOCK_SIZE * kernel_blocks
     asked = {
-        0: {"b": ScoreRequest(64, [1, 4], [3, 8]), "a": ScoreRequest(64, [2], [3])},
-        2: {"c": ScoreRequest(64, [7, 8, 9], [1, 9, 0]), "b": ScoreRequest(64, [1], [5])},
+        0: {"b": ScoreRequest(5 * size, [1, 4], [3, 8]), "a": ScoreRequest(4 * size, [2], [3])},
+        2: {
+            "c": ScoreRequest(10 * size + 1, [7, 8, 9], [1, 9, 0, 2]),  # one is being filled
+            "b": ScoreRequest(5 * size, [1], [5]),
+        },
     }
-    rows = {"a": 0, "idle": 1, "b": 2, "c": 4}
-    scores = BlockScorer(SemanticPolicy(), groups)(asked, rows).collect()
+    rings = windows()
+    scores = BlockScorer(SemanticPolicy(), groups, rings)(asked).collect()
     assert {group: list(answers) for group, answers in scores.items()} == {
         group: list(requests) for group, requests in asked.items()
     }
     for group_id, requests in asked.items():
         for request_id, request in requests.items():
+            row = {"a": 0, "b": 2, "c": 3}[request_id] * WINDOW + (request.num_tokens - 1) % WINDOW
             expected = [
-                by_definition(groups[group_id], rows[request_id], block)
-                for block in request.block_ids
+                by_definition(groups[group_id], row, block)
+                for block in request.block_ids[: len(request.block_indices)]
             ]
             # Sums of at most 64 terms in float32; none of these means cancels out.
             assert scores[group_id][request_id] == pytest.approx(expected, abs=64 * 2**-24)
 
 
-def test_a_request_without_candidates_gets_no_score() -> None:
-    asked = {0: {"a": ScoreRequest(64, [], []), "b": ScoreRequest(64, [1], [1])}}
-    scorer = BlockScorer(SemanticPolicy(), {0: [random_layers(1)]})
-    scores = scorer(asked, {"a": 0, "b": 1}).collect()
-    assert scores[0]["a"] == []
-    assert len(scores[0]["b"]) == 1
+def test_a_view_shows_the_window_in_order_and_what_is_being_filled() -> None:
+    torch.manual_seed(1)
+    stack = [random_layers(2), random_layers(1)]
+    seen: list[BlockView] = []
+
+    class Looking(SemanticPolicy):
+        def score(self, view: BlockView) -> torch.Tensor:
+            seen.append(view)
+            return view.full.values.mean((2, 3, 4))
+
+    asked = {0: {"b": ScoreRequest(18, [0, 3], [7, 4, 11])}}
+    scores = BlockScorer(Looking(), {0: stack}, windows())(asked).collect()
+    assert [view.num_full_blocks for view in seen] == [2, 2]
+    means = []
+    for view, layers in zip(seen, stack, strict=True):
+        rows = [2 * WINDOW + token % WINDOW for token in range(18 - WINDOW, 18)]
+        assert torch.equal(view.queries, layers.queries[:, rows])
+        kv_cache = layers.cache.kv_cache[:, [7, 4, 11]]
+        assert torch.equal(view.keys, kv_cache[..., :HEAD_SIZE])
+        assert torch.equal(view.values, kv_cache[..., HEAD_SIZE:])
+        assert view.positions.tolist() == [[4 * i + j for j in range(4)] for i in (0, 3, 4)]
+        assert (view.num_tokens, view.scale) == (18, HEAD_SIZE**-0.5)
+        means.append(kv_cache[:, :2, ..., HEAD_SIZE:].mean((2, 3, 4)))
+    assert scores[0]["b"] == pytest.approx(torch.cat(means).mean(0).tolist(), abs=2**-20)
+
+
+def test_many_blocks_are_gathered_a_few_layers_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(2)
+    stack = [random_layers(5)]
+    asked = {0: {"a": ScoreRequest(20, [0, 1, 4], [2, 3, 4])}}
+    expected = BlockScorer(TOVAPolicy(), {0: stack}, windows())(asked).collect()
+    monkeypatch.setattr(scorer, "MAX_GATHERED", 2 * 3 * BLOCK_SIZE * 2 * HEAD_SIZE)
+    parts = list(BlockScorer(TOVAPolicy(), {0: stack}, windows())._parts(stack[0], 3))
+    assert [len(part.queries) for part in parts] == [2, 2, 1]
+    assert BlockScorer(TOVAPolicy(), {0: stack}, windows())(asked).collect() == expected
 
 
 def test_ranks_are_averaged_before_the_scores_travel() -> None:
     """As if a second rank held the same heads with the opposite direction."""
-    scorer = BlockScorer(SemanticPolicy(), {0: [random_layers(1)]}, lambda scores: scores * 0)
-    asked = {0: {"a": ScoreRequest(64, [1], [1])}}
-    assert scorer(asked, {"a": 0}).collect() == {0: {"a": [0.0]}}
+    opposite = BlockScorer(
+        SemanticPolicy(), {0: [random_layers(1)]}, windows(), lambda scores: scores * 0
+    )
+    assert opposite({0: {"a": ScoreRequest(8, [1], [1])}}).collect() == {0: {"a": [0.0]}}
 
 
 def test_a_policy_with_a_score_of_its_own_is_asked_for_it() -> None:
     """A kernel inherited from another policy computes another score."""
 
     class Constant(SemanticPolicy):
-        def score(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-            return torch.full((len(keys),), 2.5)
+        def score(self, view: BlockView) -> torch.Tensor:
+            return torch.full(view.full.keys.shape[:2], 2.5)
 
-    scorer = BlockScorer(Constant(), {0: [random_layers(3)]})
-    asked = {0: {"a": ScoreRequest(64, [1, 2], [1, 5])}}
-    assert scorer(asked, {"a": 0}).collect() == {0: {"a": [2.5, 2.5]}}
+    asked = {0: {"a": ScoreRequest(12, [1, 2], [1, 5])}}
+    constant = BlockScorer(Constant(), {0: [random_layers(3)]}, windows())
+    assert constant(asked).collect() == {0: {"a": [2.5, 2.5]}}
 
 
 class Attention:
@@ -100,16 +147,17 @@ class CapturingAttention(CapturingImpl, Attention):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_newest_query_of_each_request_is_kept(dtype: torch.dtype) -> None:
+def test_the_newest_queries_of_each_request_are_kept(dtype: torch.dtype) -> None:
     layers = random_layers(3)
     layers.queries.fill_(7.0)
     impl = CapturingAttention()
     buffer = impl.newest_queries = layers.queries[1].to(dtype)
     query = torch.randn(9, 4, HEAD_SIZE).to(dtype)
-    query_start_loc = torch.tensor([0, 1, 6, 9], dtype=torch.int32)
-    for rows in (None, query_start_loc[1:] - 1):
+    kept = KeptQueries(torch.tensor([0, 4, 5, 8]), torch.tensor([3, 1, 2, 12]))
+    for queries in (None, kept):
         assert (buffer == 7.0).all(), "nothing is copied that was not asked for"
-        metadata = SimpleNamespace(last_query_rows=rows)
+        metadata = SimpleNamespace(kept_queries=queries)
         assert impl.forward(None, query, None, None, None, metadata, None) == "attended"
-    assert torch.equal(buffer[:3], query[[0, 5, 8]])
-    assert (buffer[3:] == 7.0).all()
+    assert torch.equal(buffer[[3, 1, 2, 12]], query[[0, 4, 5, 8]])
+    buffer[[3, 1, 2, 12]] = 7.0
+    assert (buffer == 7.0).all()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vllm_semantic.ops.scoring import mean_key_cosine
+from vllm_semantic.ops.scoring import mean_key_cosine as score_layers
 
 SHAPES = [
     # num_blocks, num_heads, num_kv_heads, block_size, head_size
@@ -17,6 +17,11 @@ SHAPES = [
     (7, 8, 1, 32, 128),
     (2, 12, 3, 5, 33),
 ]
+
+
+def mean_key_cosine(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Each block with a query of its own, as if each were a layer with one block."""
+    return score_layers(queries, keys.unsqueeze(1)).squeeze(1)
 
 
 def random_inputs(shape: tuple[int, ...], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,3 +124,12 @@ def test_scores_are_cosines() -> None:
     keys = queries.unsqueeze(2)
     assert mean_key_cosine(queries, keys).tolist() == pytest.approx([1.0] * 6)
     assert mean_key_cosine(queries, -keys).tolist() == pytest.approx([-1.0] * 6)
+
+
+def test_all_blocks_of_a_layer_meet_its_query() -> None:
+    queries, keys = random_inputs((6, 4, 2, 16, 64), seed=3)
+    layers = keys.view(2, 3, *keys.shape[1:])
+    scores = score_layers(queries[:2], layers)
+    for layer in range(2):
+        expected = mean_key_cosine(queries[layer].expand(3, -1, -1), layers[layer])
+        torch.testing.assert_close(scores[layer], expected, rtol=0, atol=2**-20)

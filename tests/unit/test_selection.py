@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_semantic.policies import BlockBudget
+from vllm_semantic.policies import BlockBudget, StreamingPolicy
 from vllm_semantic.policies.selection import (
     blocks_to_evict,
-    first_eviction_point,
+    eviction_point_from,
     is_eviction_point,
-    next_eviction_point,
 )
 
 repeatable = settings(deadline=None, derandomize=True)
@@ -48,11 +47,11 @@ def test_the_lowest_scores_go_and_of_equals_the_older(
 
 @repeatable
 @given(kept_blocks, budgets)
-def test_without_scores_the_oldest_go(kept: list[int], budget: BlockBudget) -> None:
-    evicted = blocks_to_evict(kept, budget, None)
+def test_of_equals_the_oldest_go(kept: list[int], budget: BlockBudget) -> None:
     candidates = list(budget.candidates(kept))
+    evicted = blocks_to_evict(kept, budget, [1.0] * len(candidates))
     assert evicted == candidates[: max(0, len(kept) - budget.total)]
-    assert evicted == blocks_to_evict(kept, budget, [1.0] * len(candidates))
+    assert evicted == blocks_to_evict(kept, budget, StreamingPolicy().rank(candidates, 0, {}))
 
 
 def test_an_example() -> None:
@@ -99,14 +98,4 @@ def test_eviction_points(num_prompt_tokens: int, block_size: int, prefill_interv
     points = points_of(*request)
     assert {n for n in range(HORIZON) if is_eviction_point(n, *request)} == points
     for n in range(HORIZON - block_size):
-        assert next_eviction_point(n, *request) == min(p for p in points if p > n)
-
-
-@repeatable
-@given(**requests, budget=st.builds(BlockBudget, st.integers(0, 2), st.integers(1, 6), st.just(0)))
-def test_the_first_point_over_budget(
-    num_prompt_tokens: int, block_size: int, prefill_interval: int, budget: BlockBudget
-) -> None:
-    points = points_of(num_prompt_tokens, block_size, prefill_interval)
-    over = min(p for p in points if p // block_size > budget.total)
-    assert first_eviction_point(num_prompt_tokens, block_size, prefill_interval, budget) == over
+        assert eviction_point_from(n, *request) == min(p for p in points if p >= n)

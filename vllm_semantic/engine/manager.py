@@ -39,6 +39,9 @@ class RequestBlocks:
     latest_scores: dict[int, float] = field(default_factory=dict)
     """The latest of :attr:`scores`, by logical index."""
 
+    scored_at: int = 0
+    """The eviction point of :attr:`latest_scores`."""
+
     def kept_at(self, num_full_blocks: int) -> BlockIndices:
         """The full blocks held once ``num_full_blocks`` have been computed."""
         return self.kept + list(range(self.num_seen, num_full_blocks))
@@ -150,14 +153,15 @@ class SemanticManager(FullAttentionManager):
         if request_id not in self.req_to_blocks:
             return
         state = self._requests.setdefault(request_id, RequestBlocks())
-        if asked.num_tokens in state.scores:
-            return  # they came twice
+        if asked.num_tokens <= state.scored_at:
+            return  # they come twice, or too late
         decay, before = self.policy.decay, state.latest_scores
         state.latest_scores = {
             block: score + decay * before.get(block, 0.0) if decay else score
             for block, score in zip(asked.block_indices, scores, strict=True)
         }
         state.scores[asked.num_tokens] = state.latest_scores
+        state.scored_at = asked.num_tokens
 
     def take_evictions(self) -> dict[str, BlockIndices]:
         """Drain the evictions since the last call, for the workers."""

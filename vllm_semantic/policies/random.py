@@ -1,6 +1,6 @@
 """Random: what a choice without any sense is worth."""
 
-import zlib
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,4 +19,5 @@ class RandomPolicy(SelectivePolicy):
     def rank(
         self, candidates: Sequence[int], num_tokens: int, extra_args: Mapping[str, Any]
     ) -> Sequence[float]:
-        return [zlib.crc32(f"{self.seed} {num_tokens} {block}".encode()) for block in candidates]
+        drawn = (random.Random(f"{self.seed} {num_tokens} {block}") for block in candidates)
+        return [generator.random() for generator in drawn]
