@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -69,3 +70,22 @@ def by_distance(
         for position, loss in enumerate(document, start):
             buckets.setdefault(position // width * width, []).append(loss)
     return [(first, float(np.mean(losses))) for first, losses in sorted(buckets.items())]
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % score interval of a success rate (Wilson, 1927), which also holds near 0 and 1.
+
+    Raises:
+        ValueError: there is no trial, or not from none to ``trials`` successes.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes of {trials} trials; allowed: 0 to trials, of 1+")
+    z = NormalDist().inv_cdf(0.975)
+    rate = successes / trials
+    centre = rate + z * z / (2 * trials)
+    half = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    # Exact where rounding would leave a bound beside 0 or 1.
+    low = 0.0 if successes == 0 else (centre - half) / scale
+    high = 1.0 if successes == trials else (centre + half) / scale
+    return low, high

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.statistics import by_distance, paired_difference, perplexity
+from benchmarks.statistics import by_distance, paired_difference, perplexity, wilson_interval
 
 
 def test_perplexity_weighs_tokens_not_documents() -> None:
@@ -61,3 +61,31 @@ def test_what_does_not_pair_is_refused(first: list[list[float]], second: list[li
 def test_by_distance() -> None:
     documents = [[1.0, 2.0, 3.0], [3.0]]
     assert by_distance(documents, start=9, width=10) == [(0, 2.0), (10, 2.5)]
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_intervals_of_newcombe(successes: int, trials: int, low: float, high: float) -> None:
+    """Newcombe (1998), table I, method 3."""
+    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_interval_at_the_ends() -> None:
+    for trials in (1, 3, 7, 1000):
+        low, high = wilson_interval(0, trials)
+        assert low == 0 < high < 1
+        assert wilson_interval(trials, trials) == pytest.approx((1 - high, 1 - low))
+        assert wilson_interval(trials, trials)[1] == 1
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (-1, 5), (6, 5)])
+def test_no_share_no_interval(successes: int, trials: int) -> None:
+    with pytest.raises(ValueError, match=f"{successes} successes of {trials} trials; allowed"):
+        wilson_interval(successes, trials)
