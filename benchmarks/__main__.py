@@ -14,6 +14,10 @@ def _names(value: str) -> tuple[str, ...]:
     return tuple(name for name in value.split(",") if name)
 
 
+def _numbers(value: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in _names(value))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     tasks = parser.add_subparsers(dest="task", required=True)
@@ -34,11 +38,16 @@ def main() -> None:
     task = tasks.add_parser("quality", help="perplexity under each policy, with intervals")
     default = quality.Settings(str(MODEL))
     task.add_argument("--model", default=default.model)
-    for name in ("policies", "quantization", "texts"):
-        values = getattr(default, name)
-        task.add_argument(f"--{name}", type=_names, default=values, help=f"default: {values}")
+    for name, of in (("policies", _names), ("quantization", _names), ("tasks", _names)):
+        values = ",".join(getattr(default, name))
+        task.add_argument(
+            f"--{name}", type=of, action="extend", help=f"by commas or repeated; default: {values}"
+        )
+    task.add_argument(
+        "--budget", type=_numbers, action="extend", help=f"in tokens; default: {default.budget[0]}"
+    )
     task.add_argument("--mode", choices=("decode", "prefill"), default=default.mode)
-    for name in ("budget", "num_tokens", "num_prompt", "max_documents", "block_size"):
+    for name in ("num_tokens", "num_prompt", "max_documents", "questions", "block_size", "seed"):
         flag = f"--{name.replace('_', '-')}"
         task.add_argument(
             flag, type=int, default=getattr(default, name), help="default: %(default)s"
@@ -46,6 +55,9 @@ def main() -> None:
     task.add_argument("--dtype", default=default.dtype)
     task.add_argument("--preset", choices=quality.PRESETS, help="overrides what it names")
     task.add_argument("--out", type=Path, default=RESULTS / "quality.json")
+    task.add_argument(
+        "--figures", action="store_true", help="put the headline into results/figures.json"
+    )
 
     task = tasks.add_parser("gpu", help="correctness and speed on one GPU, random weights")
     task.add_argument("--model", action="append", choices=shapes.SHAPES, help="repeatable")
@@ -66,9 +78,16 @@ def main() -> None:
     elif args.task == "figures":
         figures.run(args.model, args.rounds, args.out, args.only)
     elif args.task == "quality":
-        options = {f.name: getattr(args, f.name) for f in dataclasses.fields(quality.Settings)}
+        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(quality.Settings)}
+        options = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in given.items()
+            if value is not None
+        }
         options |= quality.PRESETS[args.preset] if args.preset else {}
-        quality.run(quality.Settings(**options), args.out)
+        report = quality.run(quality.Settings(**options), args.out)
+        if args.figures:
+            figures.add(quality.headline(report), report["context"], "quality")
     elif args.task == "gpu":
         models = args.model or (["tiny"] if args.quick else [gpu.MAIN_MODEL, "pythia-2.8b"])
         policies = args.policy or ["semantic", "streaming"]

@@ -66,13 +66,25 @@ class EngineSide:
             nll.append([-row[token].logprob for token, row in rows])
         return {"nll": nll, "seconds": seconds}
 
-    def tokens(self, prompts: list[list[int]], num_new: int) -> list[list[int]]:
-        """Greedy tokens of a batch."""
+    def tokens(
+        self,
+        prompts: list[list[int]],
+        num_new: int,
+        extra_args: list[dict[str, Any]] | None = None,
+    ) -> list[list[int]]:
+        """Greedy tokens of a batch; ``extra_args`` for a policy, one a prompt."""
         from vllm import SamplingParams
 
-        params = SamplingParams(
-            max_tokens=num_new, temperature=0, ignore_eos=True, detokenize=False
-        )
+        params = [
+            SamplingParams(
+                max_tokens=num_new,
+                temperature=0,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=of or None,
+            )
+            for of in extra_args or [{}] * len(prompts)
+        ]
         outputs = self.llm.generate(_prompts(prompts), params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
@@ -111,14 +123,25 @@ class EngineSide:
             engine.step()
         return {"seconds": seconds / num_steps, **shares}
 
-    def nll(self, documents: list[list[int]], num_prompt: int) -> dict[str, Any]:
-        """Negative log-likelihoods of each document after its prompt, token by token."""
+    def nll(
+        self,
+        documents: list[list[int]],
+        num_prompt: int,
+        extra_args: list[dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """Negative log-likelihoods of each document after its prompt, token by token.
+
+        ``extra_args`` for a policy, one a document.
+        """
         from .forcing import forced_params
 
         start = time.perf_counter()
         outputs = self.llm.generate(
             _prompts([document[:num_prompt] for document in documents]),
-            [forced_params(document[num_prompt:]) for document in documents],
+            [
+                forced_params(document[num_prompt:], of)
+                for document, of in zip(documents, extra_args or [{}] * len(documents), strict=True)
+            ],
             use_tqdm=False,
         )
         seconds = time.perf_counter() - start
@@ -133,6 +156,37 @@ class EngineSide:
                 ]
             )
         return {"nll": nll, "seconds": seconds}
+
+    def retention(self, document: list[int], num_prompt: int) -> dict[str, Any]:
+        """Which blocks live as a document is decoded, after each step that changed it.
+
+        Returns:
+            ``policy``, ``block_size``, ``points`` (computed tokens) and ``kept`` (logical blocks).
+        """
+        manager = next(iter(self.scheduler.kv_policy_managers.values()))
+        points: list[int] = []
+        kept: list[list[int]] = []
+
+        def see(output: Any) -> None:
+            for request_id, num_new in output.num_scheduled_tokens.items():
+                table = manager.req_to_blocks[request_id]
+                held = [i for i, block in enumerate(table) if not block.is_null]
+                if not kept or held != kept[-1]:
+                    # The eviction came before the tokens that this step computes.
+                    points.append(self.scheduler.requests[request_id].num_computed_tokens - num_new)
+                    kept.append(held)
+
+        follow(self.scheduler, "schedule", see)
+        try:
+            self.nll([document], num_prompt)
+        finally:
+            del self.scheduler.schedule
+        return {
+            "policy": manager.policy.name,
+            "block_size": manager.block_size,
+            "points": points,
+            "kept": kept,
+        }
 
     def attention(self, prompts: list[list[int]], calls: int = 50) -> dict[str, float]:
         """Attention of one decode step in all layers, and what reading its keys takes at least.

@@ -42,10 +42,9 @@ def run(
     """
     console = Console()
     tasks = [no_eviction, kv_bound, decode_cost]
-    report: dict[str, Any] = {"details": {}}
     if only:
         tasks = [task for task in tasks if task.__name__ in only]
-        report = json.loads(out.read_text())
+    report: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"details": {}}
     report["context"] = context(model, rounds=rounds, block_size=BLOCK_SIZE, dtype="bfloat16")
     for task in tasks:
         console.print(f"[bold]{task.__name__}[/]: {(task.__doc__ or '').splitlines()[0]}")
@@ -63,6 +62,16 @@ def run(
         if isinstance(value, float):
             table.add_row(name, f"{value:.4f}")
     console.print(table)
+
+
+def add(
+    found: dict[str, Any], settings: dict[str, Any], task: str, out: Path = RESULTS / "figures.json"
+) -> None:
+    """Put another task's figures into the file, with their context among the details."""
+    report = json.loads(out.read_text()) if out.exists() else {"details": {}}
+    report |= found
+    report["details"][task] = settings
+    out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def no_eviction(model: str, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:

@@ -6,6 +6,7 @@ Log-probabilities are the model's own with either (``logprobs_mode`` raw).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,11 +48,11 @@ def forcing_options() -> dict[str, Any]:
     return {"logits_processors": [ForcedText]}
 
 
-def forced_params(token_ids: list[int]) -> SamplingParams:
-    """Decode exactly ``token_ids`` and say how likely each was."""
-    forced: dict[str, Any] = {"extra_args": {"forced_token_ids": token_ids}}
+def forced_params(token_ids: list[int], extra_args: Mapping[str, Any]) -> SamplingParams:
+    """Decode exactly ``token_ids`` and say how likely each was; ``extra_args`` for a policy."""
+    forced: dict[str, Any] = {"extra_args": {**extra_args, "forced_token_ids": token_ids}}
     if replays_traces():
-        forced = {"trace_decode_token_ids": token_ids}
+        forced = {"extra_args": dict(extra_args), "trace_decode_token_ids": token_ids}
     return SamplingParams(
         max_tokens=len(token_ids),
         temperature=0,

@@ -188,7 +188,7 @@ def against_oracle(side: RemoteEngine) -> Results:
     """Log-likelihoods of real text in float32, over budget, against transformers'."""
     from tests.oracle import Case, judge
 
-    documents = texts.documents(texts.TEXTS / "books", str(MODEL), 700)[:2]
+    documents = texts.documents("pg19", str(MODEL), 700)[:2]
     settings = side.settings()
     nll = side.nll(documents, 400)["nll"]
     cases = [

@@ -1,4 +1,4 @@
-"""What a cache loses: perplexity under each policy, with paired intervals.
+"""What a cache loses: perplexity and recall under each policy, with intervals.
 
 Through real engines, many documents in one batch. ``decode`` forces a text token by token, so
 that a policy acts as it does in generation; ``prefill`` reads it in chunks, as prompts are.
@@ -8,23 +8,32 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from . import texts
+from vllm_semantic.policies import POLICIES
+from vllm_semantic.policies.oracle import FUTURE_ATTENTION
+
+from . import plots, recall, tables, texts
 from .context import RESULTS, context
 from .demo import progress_bar
-from .engines import engine
+from .engines import RemoteEngine, engine
 from .shapes import kv_bytes
 from .statistics import by_distance, paired_difference, perplexity
 
 BUCKET = 250
 """Tokens of a bucket of loss by distance."""
+
+CHUNK = 512
+"""Tokens of a prompt that are read at once in ``prefill`` mode."""
+
+CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 16
+"""What a policy sets where no block size is given."""
 
 
 @dataclass(frozen=True)
@@ -34,97 +43,211 @@ class Settings:
     model: str
     policies: tuple[str, ...] = ("full", "streaming", "semantic")
     quantization: tuple[str, ...] = ("none", "bitsandbytes")
-    texts: tuple[str, ...] = ()
-    """Files or folders of one's own, each a text of the table; default: the bundled ones."""
+    tasks: tuple[str, ...] = ("wikitext", "pg19")
+    """Texts (see :func:`texts.read`) and recall tasks (:data:`recall.TASKS`)."""
     mode: str = "decode"
-    budget: int = 264
+    budget: tuple[int, ...] = (264,)
+    """Tokens; every row is measured at each, ``full`` once."""
     num_tokens: int = 2000
     num_prompt: int = 500
-    max_documents: int = 32
+    max_documents: int = 24
+    questions: int = 40
+    """Of each recall task."""
     block_size: int | None = None
     dtype: str = "bfloat16"
+    seed: int = 0
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The study on Pythia-2.8B: 1000 tokens, 500 of them generated, 264 in the cache.
-    "study": {"num_tokens": 1000, "num_prompt": 500, "budget": 264},
+    "study": {"num_tokens": 1000, "num_prompt": 500, "budget": (264,)},
 }
 
 
-def policy_options(policy: str, budget: int) -> dict[str, int]:
-    """A policy's options for a budget in tokens, in the proportions of its defaults.
+@dataclass(frozen=True)
+class Row:
+    """One way to hold a text in memory."""
+
+    policy: str
+    quantization: str
+    budget: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def title(self, budgets: tuple[int, ...]) -> str:
+        """How the row is called in tables: only what tells it from the others."""
+        of = "NF4 + " if self.quantization == "bitsandbytes" else ""
+        if self.quantization not in ("none", "bitsandbytes"):
+            of = f"{self.quantization} + "
+        at = f" @ {self.budget}" if len(budgets) > 1 and self.policy != "full" else ""
+        return f"{of}{self.policy}{at}"
+
+
+def policy_options(policy: str, budget: int) -> dict[str, Any]:
+    """A policy's options for a budget in tokens: its own sinks, the rest in its proportions.
 
     Raises:
-        ValueError: the budget leaves nothing beside the sinks and the recent window.
+        ValueError: the policy is not known, or the budget leaves it no room.
     """
-    if policy == "streaming":
-        options = {"sink_tokens": 4, "recent_tokens": budget - 8}
-    elif policy == "semantic":
-        options = {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": budget - 72}
-    else:
-        return {}
-    if min(options.values()) <= 0:
-        raise ValueError(f"--budget {budget} is too small for {policy}; allowed: 73 and more")
-    return options
+    name, _, variant = policy.partition(":")
+    if name not in POLICIES:
+        raise ValueError(f"--policies {policy!r} is not known; allowed: {', '.join(POLICIES)}")
+    cls = POLICIES[name]
+    chosen: dict[str, Any] = {"similarity": variant} if variant else {}
+    if not cls.bounded:
+        return chosen
+    parts = cls().parts()
+    sink, recent = parts.pop("sink_tokens"), parts.pop("recent_tokens")
+    room = budget - sink
+    for option, tokens in parts.items():
+        # The recent window is the smaller part: it stays while there is room for it twice.
+        recent = min(recent, room // 2) if tokens >= recent else room * recent // (recent + tokens)
+        chosen[option] = room - recent
+    if not parts:
+        recent = room
+    if recent <= 0 or room <= 0:
+        raise ValueError(
+            f"--budget {budget} is too small for {policy}; allowed: {sink + 2} and more"
+        )
+    return {"sink_tokens": sink, "recent_tokens": recent, **chosen}
 
 
-def corpora(settings: Settings) -> dict[str, list[list[int]]]:
-    """Documents by the name of their text."""
-    paths = [Path(path) for path in settings.texts]
-    if not paths:
-        paths = [texts.TEXTS / name for name in texts.corpora()]
-    return {
-        path.stem: texts.documents(path, settings.model, settings.num_tokens)[
-            : settings.max_documents
-        ]
-        for path in paths
+def rows_of(settings: Settings) -> list[Row]:
+    """Every combination once."""
+    rows = []
+    for quantization, policy, budget in itertools.product(
+        settings.quantization, settings.policies, settings.budget
+    ):
+        if policy == "full" and budget != settings.budget[0]:
+            continue
+        rows.append(Row(policy, quantization, budget, policy_options(policy, budget)))
+    return rows
+
+
+@dataclass
+class Work:
+    """What every engine is given: documents by text, and questions."""
+
+    documents: dict[str, list[list[int]]]
+    questions: list[recall.Question]
+    foresight: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """For the oracle: the attention to come, of ``documents`` and of ``questions``."""
+
+
+def prepare(settings: Settings) -> Work:
+    """Read texts, make questions.
+
+    Raises:
+        ValueError: a task is neither a text nor a recall task, or does not fit.
+    """
+    from transformers import AutoTokenizer
+
+    names = [name for name in settings.tasks if name not in recall.TASKS]
+    found = {
+        (name if name in texts.bundled() else Path(name).stem): texts.documents(
+            name, settings.model, settings.num_tokens
+        )[: settings.max_documents]
+        for name in names
     }
+    asked: list[recall.Question] = []
+    tasks = [name for name in settings.tasks if name in recall.TASKS]
+    if tasks:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        filler = next(iter(found.values()), None) or texts.documents(
+            "pg19", settings.model, settings.num_tokens
+        )
+        for task in tasks:
+            asked += recall.questions(
+                task, tokenizer, filler, settings.num_tokens, settings.questions, settings.seed
+            )
+    work = Work(found, asked)
+    if "oracle" in settings.policies:
+        _foresee(settings, work)
+    return work
+
+
+def _foresee(settings: Settings, work: Work) -> None:
+    from .foresight import Foresight
+
+    block_size = settings.block_size or (
+        GPU_BLOCK_SIZE if torch.cuda.is_available() else CPU_BLOCK_SIZE
+    )
+    foresight = Foresight(settings.model, block_size)
+    documents = [(d, settings.num_prompt) for of in work.documents.values() for d in of]
+    answered = [
+        (q.prompt_token_ids + q.answer_token_ids, len(q.prompt_token_ids)) for q in work.questions
+    ]
+    for name, of in (("documents", documents), ("questions", answered)):
+        work.foresight[name] = [{FUTURE_ATTENTION: foresight(*item)} for item in of]
 
 
 def run(settings: Settings, out: Path = RESULTS / "quality.json") -> dict[str, Any]:
-    """Measure every combination, print the table, keep the JSON."""
+    """Measure every combination; print the tables, keep the JSON, draw the plots beside it."""
     console = Console()
-    found = corpora(settings)
-    documents = [document for of in found.values() for document in of]
-    rows: dict[str, dict[str, Any]] = {}
-    combinations = list(itertools.product(settings.quantization, settings.policies))
+    rows = rows_of(settings)
+    work = prepare(settings)
+    measured: dict[str, dict[str, Any]] = {}
     with progress_bar(console) as progress:
-        task = progress.add_task("", total=len(combinations))
-        for quantization, policy in combinations:
-            name = policy if quantization == "none" else f"NF4 + {policy}"
-            progress.update(task, description=name)
-            rows[name] = measure(settings, policy, quantization, documents)
+        task = progress.add_task("", total=len(rows))
+        for row in rows:
+            title = row.title(settings.budget)
+            progress.update(task, description=title)
+            measured[title] = measure(settings, row, work)
             progress.advance(task)
-    report = summarise(settings, rows, found)
-    console.print(_table(report))
-    console.print(_differences(report))
+    report = summarise(settings, measured, work.documents)
+    for table in tables.of(report):
+        console.print(table)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n")
+    for path in draw(report, out):
+        console.print(f"plot: {path.name}")
     return report
 
 
-def measure(
-    settings: Settings, policy: str, quantization: str, documents: list[list[int]]
-) -> dict[str, Any]:
-    """Losses of all documents on an engine of their own, and what the engine did."""
+def measure(settings: Settings, row: Row, work: Work) -> dict[str, Any]:
+    """Everything about one row, on an engine of its own."""
     kwargs: dict[str, Any] = {"block_size": settings.block_size} if settings.block_size else {}
-    if quantization != "none":
-        kwargs["quantization"] = quantization
+    if row.quantization != "none":
+        kwargs["quantization"] = row.quantization
+    documents = [document for of in work.documents.values() for document in of]
     if not torch.cuda.is_available():  # vLLM would take most of the machine's memory
-        num_tokens = len(documents) * (settings.num_tokens + 2 * 128)
+        num_tokens = max(len(documents), 8) * (settings.num_tokens + 2 * 128)
         kwargs["kv_cache_memory_bytes"] = kv_bytes(settings.model, num_tokens, itemsize=4)
         kwargs["enforce_eager"] = True  # compiling takes longer than reading
+    chunk = CHUNK if settings.mode == "prefill" else max(CHUNK, settings.num_tokens)
+    name = row.policy.partition(":")[0]
     with engine(
         settings.model,
-        policy,
-        policy_options(policy, settings.budget),
+        name,
+        row.options,
         dtype=settings.dtype,
         max_model_len=settings.num_tokens + 1,
-        max_num_batched_tokens=512,
+        max_num_batched_tokens=chunk,
         **kwargs,
     ) as side:
-        losses = side.nll if settings.mode == "decode" else side.nll_of_prompts
-        return losses(documents, settings.num_prompt) | side.stats() | {"memory": side.memory()}
+        found: dict[str, Any] = {"options": row.options, "settings": side.settings()}
+        if documents:
+            found |= _read(settings, side, name, documents, work)
+        if work.questions:
+            future = work.foresight.get("questions") if name == "oracle" else None
+            found["recall"] = recall.measure_recall(side, work.questions, future)
+        return found | side.stats() | {"memory": side.memory()}
+
+
+def _read(
+    settings: Settings, side: RemoteEngine, policy: str, documents: list[list[int]], work: Work
+) -> dict[str, Any]:
+    """Losses of all documents, the attention of a late step, and which blocks lived."""
+    if settings.mode == "prefill":
+        found: dict[str, Any] = side.nll_of_prompts(documents, settings.num_prompt)
+    else:
+        future = work.foresight.get("documents") if policy == "oracle" else None
+        found = side.nll(documents, settings.num_prompt, future)
+    found["peak_kv_blocks"] = side.stats()["peak_kv_blocks"]
+    late = documents[0][: settings.num_tokens - 100]
+    found["attention_ms"] = side.attention([late])["seconds"] * 1e3
+    if POLICIES[policy].bounded and settings.mode == "decode" and policy != "oracle":
+        found["retention"] = side.retention(documents[0], settings.num_prompt)
+    return found
 
 
 def summarise(
@@ -139,59 +262,101 @@ def summarise(
     }
     losses: dict[str, dict[str, list[list[float]]]] = {}
     for name, row in rows.items():
-        every = iter(row.pop("nll"))
+        every = iter(row.pop("nll", []))
         losses[name] = {text: [next(every) for _ in of] for text, of in found.items()}
-        scored = sum(len(document) for of in losses[name].values() for document in of)
-        report["rows"][name] = row | {
-            "perplexity": {text: perplexity(of) for text, of in losses[name].items()},
-            "loss_by_distance": {
-                text: by_distance(of, settings.num_prompt, BUCKET)
-                for text, of in losses[name].items()
-            },
-            "tokens_per_second": scored / row["seconds"],
-        }
+        report["rows"][name] = row | _of_losses(settings, losses[name], row)
     for first, second in itertools.combinations(rows, 2):
         report["differences"][f"{first} - {second}"] = {
             text: asdict(paired_difference(losses[first][text], losses[second][text]))
+            | {"by_distance": _differences(settings, losses[first][text], losses[second][text])}
             for text in found
         }
     return report
 
 
-def _table(report: dict[str, Any]) -> Table:
-    settings = report["context"]
-    table = Table(
-        title=f"{settings['model']}: {settings['num_tokens']} tokens a document, "
-        f"scored after {settings['num_prompt']} by {settings['mode']}, budget {settings['budget']}"
-    )
-    names = list(report["documents"])
-    table.add_column("KV policy")
-    for name in (*(f"PPL {name}" for name in names), "seconds", "tok/s"):
-        table.add_column(name, justify="right")
-    for name in ("evicted blocks", "weights MB", "KV pool MB"):
-        table.add_column(name, justify="right")
-    for title, row in report["rows"].items():
-        table.add_row(
-            title,
-            *(f"{row['perplexity'][name]:.2f}" for name in names),
-            f"{row['seconds']:.1f}",
-            f"{row['tokens_per_second']:.0f}",
-            str(row["evicted_blocks"]),
-            f"{row['weight_bytes'] / 1e6:.1f}",
-            f"{row['memory']['kv_pool'] / 1e6:.0f}",
-        )
-    return table
+def _of_losses(
+    settings: Settings, losses: dict[str, list[list[float]]], row: dict[str, Any]
+) -> dict[str, Any]:
+    if not losses:
+        return {}
+    scored = sum(len(document) for of in losses.values() for document in of)
+    peak = row["peak_kv_blocks"] * row["memory"]["kv_pool"] / (row["num_blocks"] + 1)
+    return {
+        "perplexity": {text: perplexity(of) for text, of in losses.items()},
+        "loss_by_distance": {
+            text: by_distance(of, settings.num_prompt, BUCKET) for text, of in losses.items()
+        },
+        "tokens_per_second": scored / row["seconds"],
+        "peak_kv_bytes": peak,
+    }
 
 
-def _differences(report: dict[str, Any]) -> Table:
-    table = Table(title="nats per token, below zero: the first loses less; 95 % over documents")
-    names = list(report["documents"])
-    table.add_column("first - second")
-    for name in names:
-        table.add_column(name, justify="right")
-    for pair, of in report["differences"].items():
-        cells = [of[name] for name in names]
-        table.add_row(
-            pair, *(f"{c['mean']:+.4f} [{c['ci_low']:+.4f}, {c['ci_high']:+.4f}]" for c in cells)
-        )
-    return table
+def _differences(
+    settings: Settings, first: list[list[float]], second: list[list[float]]
+) -> list[dict[str, float]]:
+    """The paired difference in buckets by distance from the documents' start."""
+    start, end = settings.num_prompt, settings.num_prompt + len(first[0])
+    buckets = []
+    for left in range(start // BUCKET * BUCKET, end, BUCKET):
+        part = slice(max(0, left - start), left + BUCKET - start)
+        pair = ([document[part] for document in of] for of in (first, second))
+        buckets.append({"from": left, **asdict(paired_difference(*pair))})
+    return buckets
+
+
+def draw(report: dict[str, Any], out: Path) -> Iterable[Path]:
+    """The plots that a report has the numbers for, as PNG beside ``out``."""
+    rows, settings = report["rows"], report["context"]
+    maps = [row["retention"] for row in rows.values() if "retention" in row]
+    if maps:
+        plots.retention_map(maps[:4], path := out.with_name(f"{out.stem}-retention.png"))
+        yield path
+    if not report["documents"] or "full" not in rows:
+        return
+    if len(settings["budget"]) > 1:
+        path = out.with_name(f"{out.stem}-budget.png")
+        plots.ppl_against_budget(_by_budget(report), path)
+    else:
+        path = out.with_name(f"{out.stem}-distance.png")
+        plots.loss_by_distance(report, path)
+    yield path
+
+
+def _by_budget(report: dict[str, Any]) -> dict[str, Any]:
+    rows, budgets = report["rows"], report["context"]["budget"]
+    policies = dict.fromkeys(name.partition(" @ ")[0] for name in rows if " @ " in name)
+    return {
+        "budgets": list(budgets),
+        "full": rows["full"]["perplexity"],
+        "rows": {
+            policy: {
+                text: [rows[f"{policy} @ {b}"]["perplexity"][text] for b in budgets]
+                for text in report["documents"]
+            }
+            for policy in policies
+        },
+    }
+
+
+def headline(report: dict[str, Any]) -> dict[str, Any]:
+    """The figures that the issue of quality is judged by, as far as the report has their rows."""
+    rows, found = report["rows"], {}
+    ppl = {name: row["perplexity"] for name, row in rows.items() if "perplexity" in row}
+    for text in report["documents"]:
+        if {"full", "streaming", "semantic"} <= ppl.keys():
+            excess = {name: ppl[name][text] / ppl["full"][text] - 1 for name in ppl}
+            found[f"ppl_excess_ratio_{text}"] = excess["semantic"] / excess["streaming"]
+            found[f"ppl_full_gain_over_streaming_{text}"] = excess["streaming"]
+        pair = report["differences"].get("streaming - NF4 + semantic", {}).get(text)
+        if pair:
+            name = f"nll_nf4_semantic_minus_streaming_{text}"
+            found[name] = -pair["mean"]
+            found[f"{name}_ci_low"], found[f"{name}_ci_high"] = -pair["ci_high"], -pair["ci_low"]
+    if "ppl_full_gain_over_streaming_pg19" in found:
+        found["ppl_full_gain_over_streaming"] = found["ppl_full_gain_over_streaming_pg19"]
+    for policy in ("semantic", "streaming"):
+        for task in ("passkey", "kv"):
+            measured = rows.get(policy, {}).get("recall", {}).get(task)
+            if measured:
+                found[f"recall_{task}_{policy}"] = measured["accuracy"]
+    return found

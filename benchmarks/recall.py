@@ -352,8 +352,13 @@ def questions(
 class Decoder(Protocol):
     """What :class:`benchmarks.engines.EngineSide` does here."""
 
-    def tokens(self, prompts: list[list[int]], num_new: int) -> list[list[int]]:
-        """Greedy tokens of a batch."""
+    def tokens(
+        self,
+        prompts: list[list[int]],
+        num_new: int,
+        extra_args: list[dict[str, Any]] | None = None,
+    ) -> list[list[int]]:
+        """Greedy tokens of a batch; ``extra_args`` for a policy, one a prompt."""
 
 
 def accuracy(asked: Sequence[Question], outputs: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -378,15 +383,24 @@ def accuracy(asked: Sequence[Question], outputs: Sequence[Sequence[int]]) -> dic
     }
 
 
-def measure_recall(side: Decoder, asked: Sequence[Question]) -> dict[str, dict[str, Any]]:
+def measure_recall(
+    side: Decoder, asked: Sequence[Question], extra_args: list[dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
     """Accuracy by task with 95 % intervals, beside chance; all questions in one batch.
 
-    The engine needs room for the longest prompt and the longest answer together. What is read
-    in one chunk sees all of it: for a policy to have evicted something when the question is
-    read, ``max_num_batched_tokens`` has to be well below the length of a prompt.
+    The engine needs room for the longest prompt and the longest answer together. A prompt read
+    in one chunk is cut down to the budget at its end: the question sees all of it, every token
+    of the answer but the first what is left. Read in several chunks
+    (``max_num_batched_tokens`` below its length), most is gone before the question is known.
+
+    Args:
+        side: an engine.
+        asked: questions.
+        extra_args: for a policy, one a question.
     """
     longest = max(len(question.answer_token_ids) for question in asked)
-    outputs = side.tokens([question.prompt_token_ids for question in asked], longest)
+    prompts = [question.prompt_token_ids for question in asked]
+    outputs = side.tokens(prompts, longest, extra_args)
     rows: dict[str, list[tuple[Question, list[int]]]] = {}
     for question, output in zip(asked, outputs, strict=True):
         rows.setdefault(question.task, []).append((question, output))

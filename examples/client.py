@@ -12,7 +12,7 @@ def main() -> None:
     port = os.environ.get("PORT", "8000")
     client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none")
     model = client.models.list().data[0].id
-    book = ROOT / "benchmarks" / "texts" / "books" / "pittsburg-landing.txt"
+    book = ROOT / "benchmarks" / "texts" / "pg19" / "10146.txt"
     prompt = book.read_text(encoding="utf-8")[:5000]
     stream = client.completions.create(model=model, prompt=prompt, max_tokens=100, stream=True)
     for chunk in stream:

@@ -24,7 +24,7 @@ def main() -> None:
         kv_cache_memory_bytes=64 << 20,
         enforce_eager=True,
     )
-    book = ROOT / "benchmarks" / "texts" / "books" / "dragons-blood-1.txt"
+    book = ROOT / "benchmarks" / "texts" / "pg19" / "10321.txt"
     prompt = book.read_text(encoding="utf-8")[:5000]
     (output,) = llm.generate([prompt], SamplingParams(max_tokens=64, temperature=0))
     print(output.outputs[0].text)

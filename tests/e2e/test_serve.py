@@ -100,7 +100,7 @@ def wait_until_idle(server: Server) -> None:
 
 
 def long_text(repo: Path, num_chars: int) -> str:
-    path = sorted((repo / "benchmarks" / "texts" / "books").glob("*.txt"))[0]
+    path = sorted((repo / "benchmarks" / "texts" / "pg19").glob("*.txt"))[0]
     return path.read_text()[:num_chars]
 
 
