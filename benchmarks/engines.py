@@ -168,12 +168,11 @@ class EngineSide:
         kept: list[list[int]] = []
 
         def see(output: Any) -> None:
-            for request_id, num_new in output.num_scheduled_tokens.items():
+            for request_id in output.num_scheduled_tokens:
                 table = manager.req_to_blocks[request_id]
                 held = [i for i, block in enumerate(table) if not block.is_null]
                 if not kept or held != kept[-1]:
-                    # The eviction came before the tokens that this step computes.
-                    points.append(self.scheduler.requests[request_id].num_computed_tokens - num_new)
+                    points.append(self.scheduler.requests[request_id].num_computed_tokens)
                     kept.append(held)
 
         follow(self.scheduler, "schedule", see)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from vllm_semantic.ops.cached_blocks import CachedBlocks
 from vllm_semantic.ops.compaction import compact_block_table, compacted
-from vllm_semantic.ops.scoring import cached_mean_key_cosine, mean_key_cosine
+from vllm_semantic.ops.scoring import cached_attention, cached_mean_key_cosine, mean_key_cosine
+from vllm_semantic.policies import BlockView
 
 
 def compare(device: torch.device) -> dict[str, float]:
@@ -18,8 +20,8 @@ def compare(device: torch.device) -> dict[str, float]:
     found = {"compaction": _compaction(device, generator)}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for head_size in (64, 80, 128, 256):
-            name = f"scoring {str(dtype).removeprefix('torch.')} {head_size}"
-            found[name] = _scoring(device, generator, dtype, head_size)
+            for name, difference in _scoring(device, generator, dtype, head_size).items():
+                found[f"{name} {str(dtype).removeprefix('torch.')} {head_size}"] = difference
     return found
 
 
@@ -42,19 +44,45 @@ def _compaction(device: torch.device, generator: torch.Generator) -> float:
 
 def _scoring(
     device: torch.device, generator: torch.Generator, dtype: torch.dtype, head_size: int
-) -> float:
-    num_layers, num_heads, num_kv_heads, num_blocks = 4, 32, 8, 300
-    queries = torch.randn(num_layers, 16, num_heads, head_size, generator=generator, device=device)
+) -> dict[str, float]:
+    num_layers, num_heads, num_kv_heads, num_reqs, held, window = 4, 32, 8, 16, 20, 8
+    scale = head_size**-0.5
+    rows = num_reqs * window
+    queries = torch.randn(
+        num_layers, rows, num_heads, head_size, generator=generator, device=device
+    ).to(dtype)
     shape = (num_layers, 400, num_kv_heads, 16, 2 * head_size)
-    keys = torch.randn(shape, generator=generator, device=device)[..., :head_size]
-    queries, keys = queries.to(dtype), keys.to(dtype)
-    rows = torch.randint(0, 16, (num_blocks,), generator=generator, device=device)
-    block_ids = torch.randint(0, 400, (num_blocks,), generator=generator, device=device)
-    expected = torch.stack(
-        [
-            mean_key_cosine(layer_queries[rows].float(), layer_keys[block_ids])
-            for layer_queries, layer_keys in zip(queries, keys, strict=True)
-        ]
+    keys = torch.randn(shape, generator=generator, device=device)[..., :head_size].to(dtype)
+    cached = CachedBlocks(
+        queries,
+        windows=torch.randperm(rows, generator=generator, device=device).view(num_reqs, window),
+        num_tokens=torch.full((num_reqs,), held * 16, device=device),
+        keys=keys,
+        kernel_blocks=1,
+        block_ids=torch.randperm(400, generator=generator, device=device)[: num_reqs * held],
+        requests=torch.arange(num_reqs, device=device).repeat_interleave(held),
+        first_positions=torch.arange(held, device=device).repeat(num_reqs) * 16,
+        scale=scale,
     )
-    scores = cached_mean_key_cosine(queries, rows, keys, block_ids, 1)
-    return 0.0 if scores is None else float((scores - expected).abs().max())
+    cosines, attention = [], []
+    for request in range(num_reqs):
+        mine = cached.block_ids[cached.requests == request]
+        gathered = keys[:, mine].float()
+        view = BlockView(
+            queries[:, cached.windows[request]].float(),
+            gathered,
+            gathered,
+            torch.arange(held, device=device),
+            held * 16,
+            scale,
+        )
+        cosines.append(mean_key_cosine(view.queries[:, -1], gathered))
+        attention.append(view.attention().sum(4).mean((1, 2)))
+    pairs = {
+        "cosine": (cached_mean_key_cosine(cached), cosines),
+        "attention": (cached_attention(cached), attention),
+    }
+    return {
+        name: 0.0 if scores is None else float((scores - torch.cat(expected, 1)).abs().max())
+        for name, (scores, expected) in pairs.items()
+    }

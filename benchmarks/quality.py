@@ -32,6 +32,9 @@ BUCKET = 250
 CHUNK = 512
 """Tokens of a prompt that are read at once in ``prefill`` mode."""
 
+SINKS = 8
+"""Tokens of a budget that are for sinks: a block in any case, also where a policy has four."""
+
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 16
 """What a policy sets where no block size is given."""
 
@@ -83,7 +86,7 @@ class Row:
 
 
 def policy_options(policy: str, budget: int) -> dict[str, Any]:
-    """A policy's options for a budget in tokens: its own sinks, the rest in its proportions.
+    """A policy's options for a budget in tokens, such that all hold the same number of blocks.
 
     Raises:
         ValueError: the policy is not known, or the budget leaves it no room.
@@ -97,16 +100,16 @@ def policy_options(policy: str, budget: int) -> dict[str, Any]:
         return chosen
     parts = cls().parts()
     sink, recent = parts.pop("sink_tokens"), parts.pop("recent_tokens")
-    room = budget - sink
-    for option, tokens in parts.items():
-        # The recent window is the smaller part: it stays while there is room for it twice.
-        recent = min(recent, room // 2) if tokens >= recent else room * recent // (recent + tokens)
+    room = budget - SINKS
+    for option in parts:  # at most one
+        # Halves stay halves; a recent window that is the smaller part stays while it is.
+        recent = room // 2 if recent == parts[option] else min(recent, room // 2)
         chosen[option] = room - recent
     if not parts:
         recent = room
     if recent <= 0 or room <= 0:
         raise ValueError(
-            f"--budget {budget} is too small for {policy}; allowed: {sink + 2} and more"
+            f"--budget {budget} is too small for {policy}; allowed: {SINKS + 2} and more"
         )
     return {"sink_tokens": sink, "recent_tokens": recent, **chosen}
 

@@ -170,6 +170,11 @@ def study(held: Held) -> dict[int, float]:
     return held.by_head(lambda q, k, v: cosine(q.mean(0), k.mean(0)))
 
 
+def attention(held: Held) -> dict[int, float]:
+    now = held.attended(8)
+    return {b: score + 0.8 * held.before.get(b, 0.0) for b, score in now.items()}
+
+
 def h2o(held: Held) -> dict[int, float]:
     now = held.attended(min(32, held.size))
     return {b: score + held.before.get(b, 0.0) for b, score in now.items()}
@@ -217,6 +222,7 @@ def keydiff(held: Held) -> dict[int, float]:
 
 
 RULES: dict[str, Any] = {
+    "attention": attention,
     "study": study,
     "h2o": h2o,
     "tova": tova,

@@ -55,7 +55,7 @@ STAGES = {
     "recall": {
         "phases": (
             Phase(0.0, 512, synthetic=0.5, echo=0.1, answer_weight=8.0),
-            Phase(0.25, 2048, synthetic=0.3, echo=0.02, answer_weight=8.0),
+            Phase(0.25, 2048, synthetic=0.4, echo=0.02, answer_weight=8.0),
         ),
         "decay": 0.4,
     },

@@ -43,6 +43,8 @@ WORDS = words(
     velvet walnut winter zephyr
     """
 )
+CUE = 6
+"""Tokens of a passage said again after which the rest can be known."""
 INTRODUCTIONS = ["\nAs was said before:\n", "\nAgain:\n", "\n\n", "\n* * *\n"]
 
 
@@ -139,13 +141,14 @@ def needles(rng: Random) -> Puzzle:
 
 
 def pairs(rng: Random) -> Puzzle:
-    """A table of keys and values, in one to three blocks, looked up in a new order."""
-    count = int(rng.integers(6, 21))
+    """A table of keys and values, in blocks or line by line, looked up in a new order."""
+    scattered = rng.random() < 0.6
+    count = int(rng.integers(3, 13) if scattered else rng.integers(6, 21))
     keys = [f"{pick(rng, WORDS)}{number(rng, 1, 2)}" for _ in range(count)]
     table = dict(zip(keys, (code(rng) for _ in keys), strict=True))
     line = pick(rng, ["{0}: {1}", "{0} = {1}", '"{0}": "{1}",', "{0} -> {1}"])
     lines = [line.format(*item) for item in table.items()]
-    blocks = int(rng.integers(1, 4))
+    blocks = count if scattered else int(rng.integers(1, 4))
     ask = pick(rng, [line, "Key: {0}\nValue: {1}", "What is the value of {0}? {1}"])
     items = list(table.items())
     order = rng.permutation(len(items))
@@ -177,9 +180,9 @@ def two_hops(rng: Random) -> Puzzle:
 
 
 PUZZLES: tuple[tuple[float, Callable[[Random], Puzzle]], ...] = (
-    (0.40, passkey),
+    (0.25, passkey),
     (0.30, needles),
-    (0.25, pairs),
+    (0.40, pairs),
     (0.05, two_hops),
 )
 
@@ -253,9 +256,12 @@ class Weaver:
         end = len(window) - count * (size + len(intro))
         page = window[:end]
         pieces = [page]
-        for start in rng.integers(1, end - size, size=count):
+        weights = np.ones(len(window), np.float32)
+        for i, start in enumerate(rng.integers(1, end - size, size=count)):
             pieces += [intro, page[start : start + size]]
-        return np.concatenate(pieces), np.ones(len(window), np.float32)
+            said_again = end + i * (len(intro) + size) + len(intro)
+            weights[said_again + CUE : said_again + size] = self.answer_weight / 2
+        return np.concatenate(pieces), weights
 
     def echo(self, window: Ids, rng: Random) -> tuple[Ids, Weights]:
         """The window's first passage, of 16 tokens to half the window, over and over."""

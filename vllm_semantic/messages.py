@@ -22,6 +22,13 @@ class ScoreRequest:
     block_ids: list[int]
     """Physical ids, in the same order, and behind them that of the block being filled, if any."""
 
+    @property
+    def held_indices(self) -> BlockIndices:
+        """Logical indices of all :attr:`block_ids`; what is being filled comes behind the rest."""
+        if len(self.block_ids) == len(self.block_indices):
+            return self.block_indices
+        return [*self.block_indices, self.block_indices[-1] + 1]
+
 
 @dataclass
 class KVPolicyStep:

@@ -14,6 +14,7 @@ from vllm import SamplingParams
 from ..engines import engine, manager_of, scheduler_of
 from ..models import make_llama, make_prequantised, random_prompts
 from ..oracle import Case, judge
+from .test_oracle import case_options
 
 OPTIONS = {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 128}
 NF4 = {"quantization": "bitsandbytes", "dtype": "bfloat16"}
@@ -67,7 +68,7 @@ def test_nf4_agrees_with_oracle(model: str) -> None:
             prefill_interval=512,
             nf4=True,
             forced=evictions,
-            **OPTIONS,
+            **case_options("semantic", OPTIONS),
         )
         for prompt, completion, evictions in zip(PROMPTS, completions, trace, strict=True)
     ]

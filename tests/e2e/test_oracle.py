@@ -13,12 +13,16 @@ from ..engines import engine, scheduler_of
 from ..models import random_prompts
 from ..oracle import Case, judge
 
-POLICIES: dict[str, dict[str, int]] = {
+POLICIES: dict[str, dict[str, Any]] = {
     "streaming": {"sink_tokens": 4, "recent_tokens": 128},
     "semantic": {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 128},
 }
 
-RULES: dict[str, dict[str, int]] = {
+STUDY = {**POLICIES["semantic"], "similarity": "study"}
+
+RULES: dict[str, dict[str, Any]] = {
+    "semantic, as in the study": STUDY,
+} | {
     name: {"sink_tokens": 8, "recent_tokens": 64, "selected_tokens": 128}
     for name in ("h2o", "tova", "snapkv", "paged_eviction", "knorm", "keydiff", "quest", "ucm")
 }
@@ -70,7 +74,8 @@ def assert_policies_agree(
     answers: list[Any] = []
     for policy in policies:
         options = (POLICIES | RULES)[policy]
-        with engine(model, policy=policy, kv_policy_config=options, block_size=block_size) as llm:
+        name = policy.partition(",")[0]
+        with engine(model, policy=name, kv_policy_config=options, block_size=block_size) as llm:
             assert_only_full_attention(llm, hybrid)
             outputs = llm.generate(prompts, params, use_tqdm=False)
             traces += llm.trace.by_index()
@@ -85,7 +90,7 @@ def assert_policies_agree(
                     block_size=block_size,
                     prefill_interval=512,
                     eviction_delay=int(interpreter.wanted()),
-                    **case_options(policy, options),
+                    **case_options(name, options),
                 )
             )
     for case, trace, answer, verdict in zip(cases, traces, answers, judge(cases), strict=True):
@@ -93,11 +98,11 @@ def assert_policies_agree(
     return {frozenset(trace) for trace in traces if trace}
 
 
-def case_options(policy: str, options: dict[str, int]) -> dict[str, Any]:
+def case_options(policy: str, options: dict[str, Any]) -> dict[str, Any]:
     """A policy's options in the oracle's words."""
-    rule = {"streaming": "age", "semantic": "study"}.get(policy, policy)
-    renamed = {name.replace("semantic_", "selected_"): n for name, n in options.items()}
-    return {"rule": rule, **renamed}
+    words = {name.replace("semantic_", "selected_"): value for name, value in options.items()}
+    similarity = words.pop("similarity", "attention")
+    return {"rule": {"streaming": "age", "semantic": similarity}.get(policy, policy), **words}
 
 
 def assert_only_full_attention(llm: Any, hybrid: bool) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_semantic.ops.cached_blocks import CachedBlocks
 from vllm_semantic.ops.kernels import scoring
-from vllm_semantic.ops.scoring import mean_key_cosine
+from vllm_semantic.ops.scoring import cached_attention, mean_key_cosine
+from vllm_semantic.policies import BlockView
 
 
 def reference(
@@ -50,7 +52,18 @@ def score_both(
     queries, keys = queries.to(dtype), keys.to(key_dtype or dtype)
     block_ids = torch.tensor(ids, dtype=torch.int64)
     rows = torch.arange(len(ids)) % num_rows
-    scores = scoring.mean_key_cosine(queries, rows, keys, block_ids, kernel_blocks)
+    cached = CachedBlocks(
+        queries,
+        windows=rows.unsqueeze(1),
+        num_tokens=torch.zeros(len(ids), dtype=torch.int64),
+        keys=keys,
+        kernel_blocks=kernel_blocks,
+        block_ids=block_ids,
+        requests=torch.arange(len(ids)),
+        first_positions=torch.zeros(len(ids), dtype=torch.int64),
+        scale=1.0,
+    )
+    scores = scoring.mean_key_cosine(cached)
     expected = reference(queries, rows, keys, block_ids, kernel_blocks)
     assert scores.shape == (num_layers, len(ids))
     # Both sum in float32, in another order; the blocks' means do not cancel out.
@@ -94,4 +107,81 @@ def test_zero_vectors_have_no_direction() -> None:
     queries = torch.zeros(1, 1, 2, 64)
     keys = torch.zeros(1, 2, 2, 16, 64)
     zero = torch.zeros(1, dtype=torch.int64)
-    assert scoring.mean_key_cosine(queries, zero, keys, zero, 1).tolist() == [[0.0]]
+    cached = CachedBlocks(queries, zero.view(1, 1), zero, keys, 1, zero, zero, zero, 1.0)
+    assert scoring.mean_key_cosine(cached).tolist() == [[0.0]]
+
+
+def attention_both(
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_size: int = 64,
+    block_size: int = 16,
+    kernel_blocks: int = 1,
+    num_queries: int = 8,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Hold the kernel to attention over gathered keys, request by request."""
+    generator = torch.Generator().manual_seed(head_size + block_size + num_queries)
+    num_layers, size = 2, block_size * kernel_blocks
+    # Logical blocks, the last of them being filled by 0, 3 and 1 tokens.
+    held = [([0, 2, 5, 6], 0), ([0, 1, 9, 10], min(3, size - 1)), ([4, 7], min(1, size - 1))]
+    num_rows = len(held) * num_queries
+    num_ids = sum(len(blocks) for blocks, _ in held) + 1
+    queries = torch.randn(num_layers, num_rows, num_heads, head_size, generator=generator)
+    shape = (num_layers, num_ids * kernel_blocks, num_kv_heads, block_size, head_size)
+    keys = torch.randn(*shape[:4], 2 * head_size, generator=generator)[..., :head_size]
+    queries, keys = queries.to(dtype), keys.to(dtype)
+    block_ids = torch.randperm(num_ids, generator=generator)[: num_ids - 1]
+    requests = torch.tensor([i for i, (blocks, _) in enumerate(held) for _ in blocks])
+    indices = torch.tensor([block for blocks, _ in held for block in blocks])
+    num_tokens = [
+        (blocks[-1] + 1) * size if not filled else blocks[-1] * size + filled
+        for blocks, filled in held
+    ]
+    windows = torch.randperm(num_rows, generator=generator).view(len(held), num_queries)
+    cached = CachedBlocks(
+        queries,
+        windows,
+        torch.tensor(num_tokens),
+        keys,
+        kernel_blocks,
+        block_ids,
+        requests,
+        indices * size,
+        head_size**-0.5,
+    )
+    scores = cached_attention(cached)
+    assert scores is not None
+    for i, num in enumerate(num_tokens):
+        mine = requests == i
+        kernel_ids = block_ids[mine].unsqueeze(1) * kernel_blocks + torch.arange(kernel_blocks)
+        gathered = keys[:, kernel_ids].transpose(2, 3).flatten(3, 4).float()
+        view = BlockView(
+            queries[:, windows[i]].float(), gathered, gathered, indices[mine], num, head_size**-0.5
+        )
+        expected = view.attention().sum(4).mean((1, 2))
+        # Both sum in float32: a logit's error is relative to what attention multiplies with.
+        torch.testing.assert_close(scores[:, mine], expected, rtol=2**-16, atol=2**-20)
+
+
+@pytest.mark.parametrize("head_size", [32, 64, 80, 128])
+def test_attention_by_head_size(head_size: int) -> None:
+    attention_both(head_size=head_size)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (4, 4), (8, 2), (7, 1)])
+def test_attention_of_grouped_queries(num_heads: int, num_kv_heads: int) -> None:
+    attention_both(num_heads, num_kv_heads)
+
+
+@pytest.mark.parametrize(("block_size", "kernel_blocks"), [(16, 1), (16, 2), (24, 1), (32, 3)])
+@pytest.mark.parametrize("num_queries", [1, 8])
+def test_attention_by_block_and_window(
+    block_size: int, kernel_blocks: int, num_queries: int
+) -> None:
+    attention_both(block_size=block_size, kernel_blocks=kernel_blocks, num_queries=num_queries)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_by_dtype(dtype: torch.dtype) -> None:
+    attention_both(dtype=dtype)

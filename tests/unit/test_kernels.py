@@ -33,6 +33,10 @@ SCORE = {
     **dict.fromkeys((f"key_stride_{of}" for of in ("layer", "block", "head", "token")), "i64"),
     "key_stride_channel": "i32",
 }
+LOGSUMEXP = SCORE | {
+    **dict.fromkeys(("windows", "num_tokens", "requests", "first_positions"), "*i64"),
+    "scale": "fp32",
+}
 
 
 def compiles(kernel: Any, signature: dict[str, str], capability: int, **constants: int) -> None:
@@ -72,4 +76,29 @@ def test_scoring_compiles(capability: int, keys: str, head_size: int) -> None:
         PADDED_BLOCK_SIZE=16,
         KERNEL_BLOCKS=1,
         EPSILON=scoring.EPSILON,
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "keys", "head_size"),
+    [
+        *itertools.product(ARCHITECTURES, ["bf16", "fp16", "fp32"], [64, 80, 256]),
+        *itertools.product([90, 100], ["fp8e4nv", "fp8e5"], [128]),
+    ],
+)
+def test_attention_scores_compile(capability: int, keys: str, head_size: int) -> None:
+    queries = "bf16" if keys.startswith("fp8") else keys
+    compiles(
+        scoring.block_logsumexp_kernel,
+        LOGSUMEXP | {"queries": f"*{queries}", "keys": f"*{keys}"},
+        capability,
+        NUM_QUERIES=8,
+        NUM_KV_HEADS=8,
+        GROUP=4,
+        PADDED_ROWS=32,
+        HEAD_SIZE=head_size,
+        PADDED_HEAD_SIZE=1 << (head_size - 1).bit_length(),
+        BLOCK_SIZE=16,
+        PADDED_BLOCK_SIZE=16,
+        KERNEL_BLOCKS=1,
     )

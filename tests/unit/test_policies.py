@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import FrozenInstanceError, dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,12 @@ from vllm_semantic.policies.random import RandomPolicy
 DOCUMENTED = {
     "full": {},
     "streaming": {"sink_tokens": 4, "recent_tokens": 256},
-    "semantic": {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 192},
+    "semantic": {
+        "sink_tokens": 8,
+        "recent_tokens": 64,
+        "semantic_tokens": 192,
+        "similarity": "attention",
+    },
     "h2o": {"sink_tokens": 8, "recent_tokens": 128, "selected_tokens": 128},
     "random": {"sink_tokens": 8, "recent_tokens": 64, "selected_tokens": 192, "seed": 0},
 } | {
@@ -46,7 +52,11 @@ def test_defaults_are_the_documented_ones() -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_is_what_its_options_say(name: str) -> None:
-    options = {option: 7 + i for i, option in enumerate(DOCUMENTED[name])}
+    choices = POLICIES[name].choices
+    options: dict[str, Any] = {
+        option: choices[option][-1] if option in choices else 7 + i
+        for i, option in enumerate(DOCUMENTED[name])
+    }
     policy = POLICIES[name](**options)
     assert {option: getattr(policy, option) for option in options} == options
     parts = [tokens for option, tokens in options.items() if option.endswith("_tokens")]
@@ -118,7 +128,8 @@ def test_policies_without_a_score_refuse_to_score() -> None:
     for policy in (FullPolicy(), StreamingPolicy()):
         with pytest.raises(TypeError, match=f"policy '{policy.name}' keeps blocks by age"):
             policy.score(view)
-    assert SemanticPolicy().score(view).tolist() == [pytest.approx([1.0])]
+    for similarity in SemanticPolicy.choices["similarity"]:
+        assert SemanticPolicy(similarity=similarity).score(view).tolist() == [pytest.approx([1.0])]
 
 
 def test_attention_is_causal_and_adds_up_to_one() -> None:

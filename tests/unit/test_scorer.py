@@ -19,6 +19,7 @@ from vllm_semantic.policies.tova import TOVAPolicy
 
 HEAD_SIZE, BLOCK_SIZE = 16, 4
 WINDOW, MAX_REQS = 6, 5
+STUDY = SemanticPolicy(similarity="study")
 
 
 def random_layers(num_layers: int, kernel_blocks: int = 1) -> ScoredLayers:
@@ -63,7 +64,7 @@ def test_each_block_meets_its_own_requests_query(kernel_blocks: int) -> None:
         },
     }
     rings = windows()
-    scores = BlockScorer(SemanticPolicy(), groups, rings)(asked).collect()
+    scores = BlockScorer(STUDY, groups, rings)(asked).collect()
     assert {group: list(answers) for group, answers in scores.items()} == {
         group: list(requests) for group, requests in asked.items()
     }
@@ -117,9 +118,7 @@ def test_many_blocks_are_gathered_a_few_layers_at_a_time(monkeypatch: pytest.Mon
 
 def test_ranks_are_averaged_before_the_scores_travel() -> None:
     """As if a second rank held the same heads with the opposite direction."""
-    opposite = BlockScorer(
-        SemanticPolicy(), {0: [random_layers(1)]}, windows(), lambda scores: scores * 0
-    )
+    opposite = BlockScorer(STUDY, {0: [random_layers(1)]}, windows(), lambda scores: scores * 0)
     assert opposite({0: {"a": ScoreRequest(8, [1], [1])}}).collect() == {0: {"a": [0.0]}}
 
 

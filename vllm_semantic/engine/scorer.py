@@ -9,6 +9,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from ..messages import BlockScores, ScoreRequest
+from ..ops.cached_blocks import CachedBlocks
 from ..policies import BlockView, KVPolicy
 from .cached_kv import CachedKV
 from .query_windows import QueryWindows
@@ -124,50 +125,59 @@ class BlockScorer:
         self, group: Sequence[ScoredLayers], asked: Mapping[str, ScoreRequest]
     ) -> torch.Tensor | None:
         """All requests by the policy's kernel, ``[num_layers, num_blocks]``, if it has one."""
-        row_of_block, block_ids = [], []
-        for request_id, request in asked.items():
-            row = self.windows.newest_row(request_id, request.num_tokens)
-            num_full = len(request.block_indices)
-            row_of_block += [row] * num_full
-            block_ids += request.block_ids[:num_full]
+        if type(self.policy).score_cached is KVPolicy.score_cached:
+            return None
+        places: list[list[int]] = [[], [], []]
+        windows, full = [], []
+        for i, (request_id, request) in enumerate(asked.items()):
+            window = self.windows.window(request_id, request.num_tokens).tolist()
+            windows.append([*window, request.num_tokens])
+            first, num_full = len(places[0]), len(request.block_indices)
+            full += range(first, first + num_full)
+            places[0] += request.block_ids
+            places[1] += [i] * len(request.block_ids)
+            places[2] += request.held_indices
         device = group[0].queries.device
-        # One copy to the device for both.
-        rows_and_ids = async_tensor_h2d([row_of_block, block_ids], device, torch.int64)
+        block_ids, requests, indices = async_tensor_h2d(places, device, torch.int64)
+        rows = async_tensor_h2d(windows, device, torch.int64)
         scores = []
         for layers in group:
             keys = layers.cache.keys
-            of_layers = (
-                keys
-                if keys is None
-                else self.policy.score_cached(
-                    layers.queries,
-                    rows_and_ids[0],
-                    keys,
-                    rows_and_ids[1],
-                    layers.cache.kernel_blocks,
-                )
+            if keys is None:
+                return None
+            size = layers.cache.kernel_blocks * keys.shape[3]
+            cached = CachedBlocks(
+                layers.queries,
+                rows[:, :-1].contiguous(),
+                rows[:, -1].contiguous(),
+                keys,
+                layers.cache.kernel_blocks,
+                block_ids,
+                requests,
+                indices * size,
+                layers.scale,
             )
+            of_layers = self.policy.score_cached(cached)
             if of_layers is None:
                 return None
             scores.append(of_layers)
-        return torch.cat(scores)
+        if len(full) == len(block_ids):
+            return torch.cat(scores)
+        return torch.cat(scores).index_select(1, async_tensor_h2d(full, device, torch.int64))
 
     def _score_request(
         self, group: Sequence[ScoredLayers], request_id: str, request: ScoreRequest
     ) -> torch.Tensor:
         """One request by the policy's score, ``[num_layers, num_full_blocks]``."""
         device = group[0].queries.device
-        indices = list(request.block_indices)
-        if len(request.block_ids) > len(indices):  # the block being filled, behind the full ones
-            indices.append(indices[-1] + 1)
         block_indices, block_ids = async_tensor_h2d(
-            [indices, request.block_ids], device, torch.int64
+            [request.held_indices, request.block_ids], device, torch.int64
         )
         window = self.windows.window(request_id, request.num_tokens).tolist()
         rows = async_tensor_h2d(window, device, torch.int64)
         scores = []
         for layers in group:
-            for part in self._parts(layers, len(indices)):
+            for part in self._parts(layers, len(block_ids)):
                 view = BlockView(
                     part.queries.index_select(1, rows).float(),
                     part.cache.gather_keys(block_ids).float(),

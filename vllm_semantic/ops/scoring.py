@@ -2,6 +2,7 @@
 
 import torch
 
+from .cached_blocks import CachedBlocks
 from .platform import runs_triton
 
 
@@ -24,32 +25,57 @@ def mean_key_cosine(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cosine_similarity(query, mean_key, dim=-1).mean(2)
 
 
-def cached_mean_key_cosine(
-    queries: torch.Tensor,
-    rows: torch.Tensor,
-    keys: torch.Tensor,
-    block_ids: torch.Tensor,
-    kernel_blocks: int,
-) -> torch.Tensor | None:
+def cached_mean_key_cosine(cached: CachedBlocks) -> torch.Tensor | None:
     """:func:`mean_key_cosine` of blocks that stay where they are in the cache.
 
-    All layers and blocks in one launch; each key is read once.
-
-    Args:
-        queries: ``[num_layers, num_rows, num_heads, head_size]``.
-        rows: ``[num_blocks]`` int64, the row of each block's query.
-        keys: ``[num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size, head_size]``,
-            any strides; bf16, fp16, fp32 or an fp8 dtype. Cosines do not depend on the scale
-            that an fp8 cache divides by.
-        block_ids: ``[num_blocks]`` int64; block ``b`` is ``kernel_blocks`` kernel blocks in a
-            row from ``b * kernel_blocks``.
-        kernel_blocks: kernel blocks in a block.
+    All layers and blocks in one launch; each key is read once. Cosines do not depend on the
+    scale that an fp8 cache divides by.
 
     Returns:
         ``[num_layers, num_blocks]`` fp32, or ``None`` where no Triton kernel runs.
     """
-    if not runs_triton(keys):
+    if not runs_triton(cached.keys):
         return None
     from .kernels import scoring
 
-    return scoring.mean_key_cosine(queries, rows, keys, block_ids, kernel_blocks)
+    return scoring.mean_key_cosine(cached)
+
+
+def cached_attention(cached: CachedBlocks) -> torch.Tensor | None:
+    """The share of attention that each block receives from its request's newest queries.
+
+    One launch finds the log of the sum of a block's exponentials; a softmax of these over the
+    blocks of a request is what attention gives to each.
+
+    Args:
+        cached: with every block that a request holds.
+
+    Returns:
+        ``[num_layers, num_blocks]`` fp32, the mean over heads and queries; those of a request
+        add up to 1. ``None`` where no Triton kernel runs.
+    """
+    if not runs_triton(cached.keys):
+        return None
+    from .kernels import scoring
+
+    return shares(scoring.block_logsumexp(cached), cached.requests, len(cached.windows))
+
+
+def shares(logsumexp: torch.Tensor, requests: torch.Tensor, num_reqs: int) -> torch.Tensor:
+    """Softmax over the blocks of each request.
+
+    Args:
+        logsumexp: ``[num_layers, num_blocks, num_heads, num_queries]`` fp32.
+        requests: ``[num_blocks]`` int64, below ``num_reqs``.
+        num_reqs: requests.
+
+    Returns:
+        ``[num_layers, num_blocks]`` fp32, the mean over heads and queries.
+    """
+    num_layers, _, *rest = logsumexp.shape
+    index = requests.view(1, -1, 1, 1).expand_as(logsumexp)
+    greatest = logsumexp.new_full((num_layers, num_reqs, *rest), float("-inf"))
+    greatest.scatter_reduce_(1, index, logsumexp, "amax")
+    exponentials = (logsumexp - greatest[:, requests]).exp()
+    total = torch.zeros_like(greatest).index_add_(1, requests, exponentials)
+    return (exponentials / total[:, requests]).mean((2, 3))

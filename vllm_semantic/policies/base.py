@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..ops.cached_blocks import CachedBlocks
 from .view import BlockView
 
 
@@ -129,27 +130,12 @@ class KVPolicy(ABC):
         """
         raise TypeError(f"policy {self.name!r} keeps blocks by age and has no score")
 
-    def score_cached(
-        self,
-        queries: torch.Tensor,
-        rows: torch.Tensor,
-        keys: torch.Tensor,
-        block_ids: torch.Tensor,
-        kernel_blocks: int,
-    ) -> torch.Tensor | None:
+    def score_cached(self, cached: CachedBlocks) -> torch.Tensor | None:
         """The same scores by a fused kernel that reads the cache in place, if there is one.
 
-        Args:
-            queries: ``[num_layers, num_rows, num_heads, head_size]`` of the model's dtype, the
-                newest of each request.
-            rows: ``[num_blocks]`` int64, the row of each block's query.
-            keys: ``[num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size,
-                head_size]``, a view of the cache with any strides.
-            block_ids: ``[num_blocks]`` int64 ids of the block manager.
-            kernel_blocks: kernel blocks in a block of the manager.
-
         Returns:
-            ``[num_layers, num_blocks]`` fp32, or ``None``: use :meth:`score`.
+            ``[num_layers, num_blocks]`` fp32, also for a block that is being filled; or
+            ``None``: use :meth:`score`.
         """
         return None
 

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..cached_blocks import CachedBlocks
+
 EPSILON = 1e-8
 """The norm below which a vector counts as zero, as in ``torch.cosine_similarity``."""
 
@@ -66,34 +68,154 @@ def mean_key_cosine_kernel(
     tl.store(out + layer * tl.num_programs(0) + block, total / NUM_KV_HEADS)
 
 
-def mean_key_cosine(
-    queries: torch.Tensor,
-    rows: torch.Tensor,
-    keys: torch.Tensor,
-    block_ids: torch.Tensor,
-    kernel_blocks: int,
-) -> torch.Tensor:
-    """Score blocks in the cache itself: see ``ops.scoring.score_cached_blocks``."""
-    num_layers, _, num_heads, head_size = queries.shape
-    num_kv_heads, block_size = keys.shape[2:4]
-    out = torch.empty(num_layers, len(block_ids), dtype=torch.float32, device=queries.device)
-    if len(block_ids) == 0:
+def mean_key_cosine(cached: CachedBlocks) -> torch.Tensor:
+    """Score blocks in the cache itself: see ``ops.scoring.cached_mean_key_cosine``."""
+    num_layers, _, num_heads, head_size = cached.queries.shape
+    num_kv_heads, block_size = cached.keys.shape[2:4]
+    num_blocks = len(cached.block_ids)
+    out = torch.empty(num_layers, num_blocks, dtype=torch.float32, device=cached.queries.device)
+    if num_blocks == 0:
         return out
-    mean_key_cosine_kernel[(len(block_ids), num_layers)](
+    mean_key_cosine_kernel[(num_blocks, num_layers)](
         out,
-        queries,
-        rows,
-        keys,
-        block_ids,
-        *queries.stride()[:3],
-        *keys.stride(),
+        cached.queries,
+        cached.windows[cached.requests, -1],
+        cached.keys,
+        cached.block_ids,
+        *cached.queries.stride()[:3],
+        *cached.keys.stride(),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=num_heads // num_kv_heads,
         HEAD_SIZE=head_size,
         PADDED_HEAD_SIZE=triton.next_power_of_2(head_size),
         BLOCK_SIZE=block_size,
         PADDED_BLOCK_SIZE=triton.next_power_of_2(block_size),
-        KERNEL_BLOCKS=kernel_blocks,
+        KERNEL_BLOCKS=cached.kernel_blocks,
         EPSILON=EPSILON,
+    )
+    return out
+
+
+@triton.jit(do_not_specialize_on_alignment=["block_ids", "requests", "first_positions"])  # type: ignore[untyped-decorator]
+def block_logsumexp_kernel(
+    out,  # [num_layers, num_blocks, num_heads, num_queries] fp32
+    queries,  # [num_layers, num_rows, num_heads, head_size]
+    windows,  # [num_reqs, num_queries] int64
+    num_tokens,  # [num_reqs] int64
+    keys,  # [num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size, head_size]
+    block_ids,  # [num_blocks] int64
+    requests,  # [num_blocks] int64
+    first_positions,  # [num_blocks] int64
+    scale,
+    query_stride_layer,
+    query_stride_row,
+    query_stride_head,
+    key_stride_layer,
+    key_stride_block,
+    key_stride_head,
+    key_stride_token,
+    key_stride_channel,
+    NUM_QUERIES: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_ROWS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PADDED_HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PADDED_BLOCK_SIZE: tl.constexpr,
+    KERNEL_BLOCKS: tl.constexpr,
+):
+    block = tl.program_id(0)
+    layer = tl.program_id(1).to(tl.int64)
+    request = tl.load(requests + block)
+    kernel_block = tl.load(block_ids + block) * KERNEL_BLOCKS
+    channel = tl.arange(0, PADDED_HEAD_SIZE)
+    token = tl.arange(0, PADDED_BLOCK_SIZE)
+    row = tl.arange(0, PADDED_ROWS)  # a query of a member of the group
+    query, member = row // GROUP, row % GROUP
+    in_head = channel < HEAD_SIZE
+    in_window = query < NUM_QUERIES
+    place = tl.load(windows + request * NUM_QUERIES + query, mask=in_window, other=0)
+    position = tl.load(num_tokens + request) - NUM_QUERIES + query
+    first = tl.load(first_positions + block)
+    query_tile = (
+        queries
+        + layer * query_stride_layer
+        + place[:, None] * query_stride_row
+        + member[:, None] * query_stride_head
+        + channel[None, :]
+    )
+    key_tile = (
+        keys
+        + layer * key_stride_layer
+        + kernel_block * key_stride_block
+        + token[None, :] * key_stride_token
+        + channel[:, None] * key_stride_channel
+    )
+    out_row = out + (layer * tl.num_programs(0) + block) * NUM_KV_HEADS * GROUP * NUM_QUERIES
+    for head in range(NUM_KV_HEADS):
+        q = tl.load(
+            query_tile + head * GROUP * query_stride_head,
+            mask=in_window[:, None] & in_head[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        greatest = tl.full([PADDED_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([PADDED_ROWS], tl.float32)
+        for part in range(KERNEL_BLOCKS):
+            k = tl.load(
+                key_tile + part * key_stride_block + head * key_stride_head,
+                mask=in_head[:, None] & (token < BLOCK_SIZE)[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            logits = tl.dot(q, k, input_precision="ieee") * scale
+            key_position = first + part * BLOCK_SIZE + token
+            seen = (key_position[None, :] <= position[:, None]) & (token < BLOCK_SIZE)[None, :]
+            logits = tl.where(seen, logits, float("-inf"))
+            larger = tl.maximum(greatest, tl.max(logits, 1))
+            base = tl.where(larger == float("-inf"), 0.0, larger)
+            total = total * tl.exp(greatest - base) + tl.sum(tl.exp(logits - base[:, None]), 1)
+            greatest = larger
+        lse = tl.where(total > 0, greatest + tl.log(total), float("-inf"))
+        tl.store(out_row + (head * GROUP + member) * NUM_QUERIES + query, lse, mask=in_window)
+
+
+def block_logsumexp(cached: CachedBlocks) -> torch.Tensor:
+    """Log of the sum of exponentials of each block's logits: see ``ops.scoring``."""
+    num_layers, _, num_heads, head_size = cached.queries.shape
+    num_kv_heads, block_size = cached.keys.shape[2:4]
+    num_queries = cached.windows.shape[1]
+    num_blocks = len(cached.block_ids)
+    out = torch.empty(
+        num_layers,
+        num_blocks,
+        num_heads,
+        num_queries,
+        dtype=torch.float32,
+        device=cached.queries.device,
+    )
+    if num_blocks == 0:
+        return out
+    group = num_heads // num_kv_heads
+    block_logsumexp_kernel[(num_blocks, num_layers)](
+        out,
+        cached.queries,
+        cached.windows,
+        cached.num_tokens,
+        cached.keys,
+        cached.block_ids,
+        cached.requests,
+        cached.first_positions,
+        cached.scale,
+        *cached.queries.stride()[:3],
+        *cached.keys.stride(),
+        NUM_QUERIES=num_queries,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        PADDED_ROWS=max(16, triton.next_power_of_2(num_queries * group)),  # what tl.dot takes
+        HEAD_SIZE=head_size,
+        PADDED_HEAD_SIZE=max(16, triton.next_power_of_2(head_size)),
+        BLOCK_SIZE=block_size,
+        PADDED_BLOCK_SIZE=max(16, triton.next_power_of_2(block_size)),
+        KERNEL_BLOCKS=cached.kernel_blocks,
     )
     return out

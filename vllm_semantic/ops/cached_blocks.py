@@ -1,0 +1,38 @@
+"""Blocks of many requests, left where they are in the cache."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class CachedBlocks:
+    """What a kernel needs to score blocks in place, in attention layers of one shape."""
+
+    queries: torch.Tensor
+    """``[num_layers, num_rows, num_heads, head_size]`` of the model's dtype, after RoPE."""
+
+    windows: torch.Tensor
+    """``[num_reqs, num_queries]`` int64, rows of each request's newest queries, the newest last."""
+
+    num_tokens: torch.Tensor
+    """``[num_reqs]`` int64, tokens computed of each request."""
+
+    keys: torch.Tensor
+    """``[num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size, head_size]``, a view of
+    the cache with any strides; bf16, fp16, fp32 or an fp8 dtype."""
+
+    kernel_blocks: int
+    """Block ``b`` is this many kernel blocks in a row, from ``b * kernel_blocks``."""
+
+    block_ids: torch.Tensor
+    """``[num_blocks]`` int64, those of a request one behind the other."""
+
+    requests: torch.Tensor
+    """``[num_blocks]`` int64, the row of each block's request in :attr:`windows`."""
+
+    first_positions: torch.Tensor
+    """``[num_blocks]`` int64, the place of a block's first token in its sequence."""
+
+    scale: float
+    """What attention multiplies a dot product with."""
