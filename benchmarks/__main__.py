@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from . import demo, figures, gpu, quality, readme, shapes
+from . import demo, figures, gpu, quality, readme, shapes, variants
 from .context import MODEL, RESULTS
 
 
@@ -59,6 +59,11 @@ def main() -> None:
         "--figures", action="store_true", help="put the headline into results/figures.json"
     )
 
+    task = tasks.add_parser("variants", help="variants of the semantic rule, without an engine")
+    task.add_argument("--model", default=str(MODEL))
+    task.add_argument("--num-documents", type=int, default=variants.Settings.num_documents)
+    task.add_argument("--out", type=Path, default=RESULTS / "variants.json")
+
     task = tasks.add_parser("gpu", help="correctness and speed on one GPU, random weights")
     task.add_argument("--model", action="append", choices=shapes.SHAPES, help="repeatable")
     task.add_argument("--kind", action="append", choices=gpu.KINDS, help="repeatable")
@@ -88,6 +93,9 @@ def main() -> None:
         report = quality.run(quality.Settings(**options), args.out)
         if args.figures:
             figures.add(quality.headline(report), report["context"], "quality")
+    elif args.task == "variants":
+        settings = variants.Settings(args.model, num_documents=args.num_documents)
+        variants.run(settings, args.out)
     elif args.task == "gpu":
         models = args.model or (["tiny"] if args.quick else [gpu.MAIN_MODEL, "pythia-2.8b"])
         policies = args.policy or ["semantic", "streaming"]
