@@ -53,8 +53,11 @@ lint: install
 
 model: install
 	@test -n "$(CORPUS)" || { echo "make model CORPUS=FOLDER [RUN=FOLDER]: a folder of .txt or .jsonl(.xz) files to train on; see training/" >&2; exit 1; }
-	$(BIN)/python -m training.train --corpus $(CORPUS) --out $(RUN) --minutes 60
-	$(BIN)/python -m training.export --run $(RUN) --out models/lookback-5m
+	$(BIN)/python -m training.train --corpus $(CORPUS) --stage language --out $(RUN)/language --minutes 45
+	$(BIN)/python -m training.export --run $(RUN)/language --out $(RUN)/model
+	$(BIN)/python -m training.train --corpus $(CORPUS) --stage recall --init $(RUN)/model --out $(RUN)/recall \
+	  --minutes 110 --matrix-rate 4e-3 --other-rate 2e-3 --seed 1
+	$(BIN)/python -m training.export --run $(RUN)/recall --out models/lookback-5m
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,9 +1,10 @@
-"""Writes the README's tables from the committed results."""
+"""Writes the tables of README.md and docs/ from the committed results."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from .context import RESULTS, ROOT
@@ -18,22 +19,42 @@ FIGURES = {
     "compaction_share_of_step": "table compaction, share of a decode step",
 }
 
-PAIRS = ("full - streaming", "streaming - semantic", "streaming - NF4 + semantic")
+PAIRS = (
+    "full - streaming",
+    "full - semantic",
+    "streaming - semantic",
+    "semantic - semantic:study",
+    "streaming - NF4 + semantic",
+)
 """Differences that the README shows; the JSON has all."""
 
 
 def run() -> None:
     """Replace what stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, render in (("demo", _demo), ("figures", _figures), ("quality", _quality)):
-        report = json.loads((RESULTS / f"{name}.json").read_text())
-        parts = re.split(rf"(<!-- /?table:{name} -->)", text)
-        if len(parts) != 5:
-            raise ValueError(f"README.md does not have one place for the table {name!r}")
-        parts[2] = f"\n\n{render(report)}\n\n"
-        text = "".join(parts)
-    readme.write_text(text)
+    tables: dict[str, list[tuple[str, str, Callable[[dict[str, Any]], str]]]] = {
+        "README.md": [
+            ("demo", "demo", _demo),
+            ("figures", "figures", _figures),
+            ("quality", "quality", _quality),
+            ("recall", "quality", _recall),
+        ],
+        "docs/research.md": [
+            ("rules", "rules", _rules),
+            ("variants", "variants", _variants),
+            ("budget", "budget", _budget),
+        ],
+    }
+    for file, places in tables.items():
+        path = ROOT / file
+        text = path.read_text()
+        for name, result, render in places:
+            report = json.loads((RESULTS / f"{result}.json").read_text())
+            parts = re.split(rf"(<!-- /?table:{name} -->)", text)
+            if len(parts) != 5:
+                raise ValueError(f"{file} does not have one place for the table {name!r}")
+            parts[2] = f"\n\n{render(report)}\n\n"
+            text = "".join(parts)
+        path.write_text(text)
 
 
 def _demo(report: dict[str, Any]) -> str:
@@ -65,25 +86,133 @@ def _figures(report: dict[str, Any]) -> str:
 
 def _quality(report: dict[str, Any]) -> str:
     names = list(report["documents"])
+    head = ["", *(f"PPL {name}" for name in names), "seconds", "attention ms", "tok/s"]
+    head += ["weights MB", "peak KV MB"]
+    rows = [
+        [
+            title,
+            *(f"{row['perplexity'][name]:.2f}" for name in names),
+            f"{row['seconds']:.0f}",
+            f"{row['attention_ms']:.2f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['weight_bytes'] / 1e6:.1f}",
+            f"{row['peak_kv_bytes'] / 1e6:.1f}",
+        ]
+        for title, row in report["rows"].items()
+    ]
+    differences = [
+        [pair, *(_interval(report["differences"][pair][name]) for name in names)]
+        for pair in PAIRS
+        if pair in report["differences"]
+    ]
+    return "\n\n".join(
+        (
+            _table(head, rows),
+            _table(["nats per token", *names], differences),
+            f"{_read(report)}; below zero, the first loses less; attention: of one decode step "
+            f"of one request at the end of a document; {_where(report['context'])}.",
+        )
+    )
+
+
+def _interval(difference: dict[str, float]) -> str:
+    return f"{difference['mean']:+.4f} [{difference['ci_low']:+.4f}, {difference['ci_high']:+.4f}]"
+
+
+def _read(report: dict[str, Any]) -> str:
+    """What was read under which budget."""
+    settings = report["context"]
+    counts = ", ".join(f"{count} of {name}" for name, count in report["documents"].items())
+    budgets = ", ".join(map(str, settings.get("budget", [264])))
+    return (
+        f"{settings['model']}, budget {budgets}, documents of {settings['num_tokens']} tokens "
+        f"({counts}), scored after {settings['num_prompt']}"
+    )
+
+
+def _recall(report: dict[str, Any]) -> str:
+    tasks = list(next(row["recall"] for row in report["rows"].values() if "recall" in row))
+    rows = [
+        [
+            title,
+            *(
+                f"{100 * c['accuracy']:.0f} % [{100 * c['ci_low']:.0f}, {100 * c['ci_high']:.0f}]"
+                for c in (row["recall"][task] for task in tasks)
+            ),
+        ]
+        for title, row in report["rows"].items()
+        if "recall" in row
+    ]
+    settings = report["context"]
+    return _table(["", *tasks], rows) + (
+        f"\n\nPrompts of {settings['num_tokens']} tokens read at once, then cut down to "
+        f"{settings['budget'][0]}; {settings['questions']} questions a task; 95 % Wilson intervals."
+    )
+
+
+def _rules(report: dict[str, Any]) -> str:
+    names = list(report["documents"])
+    full = report["rows"]["full"]["perplexity"]
+    age = report["rows"]["streaming"]["perplexity"]
+    head = ["rule"]
+    for name in names:
+        head += [f"PPL {name}", "excess", "minus streaming, nats"]
+    tasks = list(report["rows"]["full"].get("recall", {}))
+    rows = []
+    for title, row in report["rows"].items():
+        cells = [title]
+        for name in names:
+            ratio = (row["perplexity"][name] / full[name] - 1) / (age[name] / full[name] - 1)
+            cells += [f"{row['perplexity'][name]:.2f}", f"{ratio:.2f}", _minus(report, title, name)]
+        rows.append(cells + [f"{100 * row['recall'][task]['accuracy']:.0f} %" for task in tasks])
+    return _table([*head, *tasks], rows) + (
+        f"\n\n{_read(report)}; excess: of the perplexity over full, by streaming's; "
+        f"{report['context']['questions']} questions a recall task; {_where(report['context'])}."
+    )
+
+
+def _minus(report: dict[str, Any], title: str, text: str) -> str:
+    """A row's loss less streaming's, with its interval."""
+    if title == "streaming":
+        return "0"
+    differences = report["differences"]
+    if (pair := f"{title} - streaming") in differences:
+        return _interval(differences[pair][text])
+    swapped = differences[f"streaming - {title}"][text]
+    return _interval(
+        {
+            "mean": -swapped["mean"],
+            "ci_low": -swapped["ci_high"],
+            "ci_high": -swapped["ci_low"],
+        }
+    )
+
+
+def _variants(report: dict[str, Any]) -> str:
+    head = ["variant"]
+    for name in report["documents"]:
+        head += [f"PPL {name}", "excess", "minus streaming, nats"]
+    rows = []
+    for title, row in report["rows"].items():
+        cells = [title]
+        for c in row.values():
+            cells += [
+                f"{c['perplexity']:.2f}",
+                f"{c['excess_ratio']:.2f}",
+                _interval(c["minus_streaming"]),
+            ]
+        rows.append(cells)
+    return _table(head, rows) + f"\n\n{_read(report)}; {_where(report['context'])}."
+
+
+def _budget(report: dict[str, Any]) -> str:
+    names = list(report["documents"])
     rows = [
         [title, *(f"{row['perplexity'][name]:.2f}" for name in names)]
         for title, row in report["rows"].items()
     ]
-    differences = [
-        [pair, *(f"{c['mean']:+.4f} [{c['ci_low']:+.4f}, {c['ci_high']:+.4f}]" for c in cells)]
-        for pair in PAIRS
-        for cells in [[report["differences"][pair][name] for name in names]]
-    ]
-    settings = report["context"]
-    counts = ", ".join(f"{count} of {name}" for name, count in report["documents"].items())
-    return "\n\n".join(
-        (
-            _table(["perplexity", *names], rows),
-            _table(["nats per token", *names], differences),
-            f"{settings['model']}, budget {settings['budget']}, documents of "
-            f"{settings['num_tokens']} tokens ({counts}), scored after {settings['num_prompt']}; "
-            f"below zero, the first loses less; {_where(settings)}.",
-        )
+    return _table(["rule @ budget", *(f"PPL {name}" for name in names)], rows) + (
+        f"\n\n{_read(report)}; {_where(report['context'])}."
     )
 
 
