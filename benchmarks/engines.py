@@ -287,16 +287,17 @@ class EngineSide:
         scoring, eviction, compaction = Clock(), Clock(), Clock()
         scoring.wrap(self.worker._block_scorer, "_score_group")
         for layer in self._scored_layers():
-            scoring.wrap(layer.impl, "keep_newest_queries")
+            scoring.wrap(layer.impl, "keep_queries")
         eviction.wrap(self.worker, "_apply_evictions")
         for group_id, manager in self.scheduler.kv_policy_managers.items():
-            for name in ("score_request", "record_scores"):
+            for name in ("keeps_queries", "score_request", "record_scores"):
                 scoring.wrap(manager, name)
             for name in ("remove_skipped_blocks", "take_evictions"):
                 eviction.wrap(manager, name)
             for attn_group in self.worker.model_runner.attn_groups[group_id]:
                 for builder in attn_group.metadata_builders:
                     compaction.wrap(builder, "_compact")
+                    scoring.wrap(builder, "_kept_queries")
         return {"scoring": scoring, "eviction": eviction, "compaction": compaction}
 
 

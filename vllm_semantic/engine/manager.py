@@ -33,14 +33,11 @@ class RequestBlocks:
     """Leading tokens computed before anything was evicted; ``None`` before that."""
 
     scores: dict[int, dict[int, float]] = field(default_factory=dict)
-    """Scores by eviction point and logical index, those of earlier points added as far as the
-    policy's decay leaves them; used for at most one eviction."""
+    """Scores by eviction point and logical index; used at most once."""
 
-    latest_scores: dict[int, float] = field(default_factory=dict)
-    """The latest of :attr:`scores`, by logical index."""
-
-    scored_at: int = 0
-    """The eviction point of :attr:`latest_scores`."""
+    past_scores: dict[int, float] = field(default_factory=dict)
+    """By logical index, the scores of the last eviction and, as far as the policy's decay left
+    them, of those before."""
 
     def kept_at(self, num_full_blocks: int) -> BlockIndices:
         """The full blocks held once ``num_full_blocks`` have been computed."""
@@ -153,15 +150,7 @@ class SemanticManager(FullAttentionManager):
         if request_id not in self.req_to_blocks:
             return
         state = self._requests.setdefault(request_id, RequestBlocks())
-        if asked.num_tokens <= state.scored_at:
-            return  # they come twice, or too late
-        decay, before = self.policy.decay, state.latest_scores
-        state.latest_scores = {
-            block: score + decay * before.get(block, 0.0) if decay else score
-            for block, score in zip(asked.block_indices, scores, strict=True)
-        }
-        state.scores[asked.num_tokens] = state.latest_scores
-        state.scored_at = asked.num_tokens
+        state.scores[asked.num_tokens] = dict(zip(asked.block_indices, scores, strict=True))
 
     def take_evictions(self) -> dict[str, BlockIndices]:
         """Drain the evictions since the last call, for the workers."""
@@ -206,6 +195,10 @@ class SemanticManager(FullAttentionManager):
             found = state.scores.pop(point, {})
             if not all(i in found for i in candidates):
                 return  # no scores came for this point: stay over budget until the next
+            if decay := self.policy.decay:
+                past = state.past_scores
+                found = {i: score + decay * past.get(i, 0.0) for i, score in found.items()}
+                state.past_scores = found
             scores: Sequence[float] = [found[i] for i in candidates]
         else:
             scores = self.policy.rank(candidates, point, self._extra_args(request_id))

@@ -45,13 +45,16 @@ class QueryWindows:
         Returns:
             ``[2, num_kept]`` int64: rows of the step's query tensor, rows of the buffers.
         """
-        sources, rows = [], []
-        for row, request_id in enumerate(request_ids):
-            start, end = int(query_starts[row]), int(query_starts[row + 1])
-            kept = min(self.num_queries, end - start)
-            sources.append(np.arange(end - kept, end))
-            rows.append(self._rows(request_id, int(seq_lens[row]), kept))
-        return np.stack([np.concatenate(sources), np.concatenate(rows)])
+        num_reqs = len(request_ids)
+        rings = np.fromiter((self._ring(of) for of in request_ids), np.int64, num_reqs)
+        ends = query_starts[1 : num_reqs + 1].astype(np.int64)
+        kept = np.minimum(ends - query_starts[:num_reqs], self.num_queries)
+        # For each kept query: how many of its request's are kept before it.
+        before = np.arange(kept.sum()) - np.repeat(kept.cumsum() - kept, kept)
+        sources = np.repeat(ends - kept, kept) + before
+        tokens = np.repeat(seq_lens[:num_reqs] - kept, kept) + before
+        rows = np.repeat(rings, kept) * self.num_queries + tokens % self.num_queries
+        return np.stack([sources, rows])
 
     def newest_row(self, request_id: str, num_tokens: int) -> int:
         """The row of the query of token ``num_tokens - 1``."""
@@ -67,9 +70,12 @@ class QueryWindows:
             if request_id in self._rings:
                 self._free.append(self._rings.pop(request_id))
 
-    def _rows(self, request_id: str, num_tokens: int, count: int) -> np.ndarray:
+    def _ring(self, request_id: str) -> int:
         ring = self._rings.get(request_id)
         if ring is None:
             ring = self._rings[request_id] = self._free.pop()
+        return ring
+
+    def _rows(self, request_id: str, num_tokens: int, count: int) -> np.ndarray:
         tokens = np.arange(num_tokens - count, num_tokens)
-        return ring * self.num_queries + tokens % self.num_queries
+        return self._ring(request_id) * self.num_queries + tokens % self.num_queries

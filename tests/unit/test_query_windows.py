@@ -1,0 +1,43 @@
+"""Rings of queries: whatever a batch looks like, each query has the place its token says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_semantic.engine.query_windows import QueryWindows
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 9), st.lists(st.tuples(st.integers(1, 20), st.integers(0, 30)), max_size=6))
+def test_the_last_queries_of_each_request_are_kept(
+    num_queries: int, batch: list[tuple[int, int]]
+) -> None:
+    windows = QueryWindows(num_queries, max_num_reqs=6)
+    names = [str(i) for i in range(len(batch))]
+    starts = np.cumsum([0, *(new for new, _ in batch)])
+    ends = np.array([new + before for new, before in batch])
+    sources, rows = windows.place(names, starts, ends)
+    kept = dict(zip(rows.tolist(), sources.tolist(), strict=True))
+    assert len(kept) == len(rows) == sum(min(new, num_queries) for new, _ in batch)
+    assert windows.spare_row not in kept
+    for i, (new, _) in enumerate(batch):
+        end = int(ends[i])
+        shown = windows.window(names[i], end)
+        assert len(shown) == min(num_queries, end)
+        assert shown[-1] == windows.newest_row(names[i], end)
+        in_step = min(new, num_queries)
+        expected = list(range(int(starts[i + 1]) - in_step, int(starts[i + 1])))
+        assert [kept[row] for row in shown[-in_step:].tolist()] == expected
+
+
+def test_rings_are_used_again() -> None:
+    windows = QueryWindows(4, max_num_reqs=2)
+    first = windows.newest_row("a", 1) // 4
+    windows.newest_row("b", 1)
+    with pytest.raises(IndexError):
+        windows.newest_row("c", 1)
+    windows.forget(["a", "never seen"])
+    assert windows.newest_row("c", 1) // 4 == first
