@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -355,6 +356,9 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
             name = f"nll_nf4_semantic_minus_streaming_{text}"
             found[name] = -pair["mean"]
             found[f"{name}_ci_low"], found[f"{name}_ci_high"] = -pair["ci_high"], -pair["ci_low"]
+    rules = [name for name in ppl if name not in ("full", "oracle") and "NF4" not in name]
+    if len(rules) > 2:
+        found["best_rule"] = min(rules, key=lambda name: sum(map(math.log, ppl[name].values())))
     if "ppl_full_gain_over_streaming_pg19" in found:
         found["ppl_full_gain_over_streaming"] = found["ppl_full_gain_over_streaming_pg19"]
     for policy in ("semantic", "streaming"):

@@ -41,7 +41,6 @@ def run() -> None:
         "docs/research.md": [
             ("rules", "rules", _rules),
             ("variants", "variants", _variants),
-            ("budget", "budget", _budget),
         ],
     }
     for file, places in tables.items():
@@ -203,17 +202,6 @@ def _variants(report: dict[str, Any]) -> str:
             ]
         rows.append(cells)
     return _table(head, rows) + f"\n\n{_read(report)}; {_where(report['context'])}."
-
-
-def _budget(report: dict[str, Any]) -> str:
-    names = list(report["documents"])
-    rows = [
-        [title, *(f"{row['perplexity'][name]:.2f}" for name in names)]
-        for title, row in report["rows"].items()
-    ]
-    return _table(["rule @ budget", *(f"PPL {name}" for name in names)], rows) + (
-        f"\n\n{_read(report)}; {_where(report['context'])}."
-    )
 
 
 def _where(context: dict[str, Any]) -> str:
