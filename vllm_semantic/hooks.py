@@ -62,13 +62,14 @@ def install() -> None:
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    if getattr(EngineArgs.create_engine_config, "kv_policy_hook", False):
+    # On the class: another plugin may wrap the methods after us (vllm-bnb-plugin does).
+    if getattr(EngineArgs, "kv_policy_hook", False):
         return
+    EngineArgs.kv_policy_hook = True
     # Wrapping both ends survives every order of --additional-config and our flags.
     EngineArgs.add_cli_args = staticmethod(_adding_flags(EngineArgs.add_cli_args))
     EngineArgs.from_cli_args = classmethod(_reading_flags(EngineArgs.from_cli_args.__func__))
     EngineArgs.create_engine_config = _finishing(EngineArgs.create_engine_config)
-    EngineArgs.create_engine_config.kv_policy_hook = True
 
 
 def _adding_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:

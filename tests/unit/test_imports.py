@@ -134,6 +134,22 @@ print(json.dumps([before, once, (state(), depths())]))
     assert twice == once
 
 
+def test_registering_again_after_another_plugin(repo: Path) -> None:
+    code = f"""
+{REGISTRIES}
+import vllm_semantic
+vllm_semantic.register()
+ours, before = EngineArgs.create_engine_config, depths()
+EngineArgs.create_engine_config = lambda self: ours(self)  # as vllm-bnb-plugin does
+theirs = EngineArgs.create_engine_config
+vllm_semantic.register()
+print(json.dumps([EngineArgs.create_engine_config is theirs, before, depths()]))
+"""
+    untouched, before, after = json.loads(run_python(code, repo))
+    assert untouched
+    assert after == before | {"create_engine_config": 0}
+
+
 CONFIG = """
 import json, sys
 import vllm_semantic
