@@ -128,6 +128,14 @@ def test_layers_of_different_shapes_do_not_merge() -> None:
         SemanticSpec.merge([under(SemanticPolicy()), other])
 
 
+@pytest.mark.parametrize("window", [{"sliding_window": 128}, {"attention_chunk_size": 128}])
+def test_a_layer_with_a_window_does_not_join_the_group(window: dict[str, int]) -> None:
+    """As ``--disable-hybrid-kv-cache-manager`` would have it: it would lose its window's blocks."""
+    windowed = replace(FULL_ATTENTION, **window)
+    with pytest.raises(ValueError, match="--disable-hybrid-kv-cache-manager"):
+        SemanticSpec.merge([under(SemanticPolicy()), windowed])
+
+
 def test_specs_of_different_policies_are_different() -> None:
     """vLLM groups layers by equality and hash of their specs."""
     specs = {under(SemanticPolicy()), under(SemanticPolicy()), under(StreamingPolicy())}

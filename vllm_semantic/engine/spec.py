@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 
+from ..config import POLICY_FLAG
 from ..hooks import register_spec
 from ..policies import BlockBudget, KVPolicy
 from .manager import SemanticManager
@@ -63,10 +64,22 @@ class SemanticSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """Merge the specs of one group; its layers share one policy."""
+        """Merge the specs of one group; its layers share one policy.
+
+        Raises:
+            ValueError: a layer with a window of its own is in the group, and would lose blocks
+                of its window with the others'.
+        """
         first = specs[0]
+        merged = super().merge(specs)
+        if merged.sliding_window or merged.attention_chunk_size:
+            raise ValueError(
+                f"{POLICY_FLAG} {first.policy.name} does not support layers with and without a "
+                "window in one KV cache group, as --disable-hybrid-kv-cache-manager makes it; "
+                "allowed: --no-disable-hybrid-kv-cache-manager"
+            )
         return replace(
-            super().merge(specs),
+            merged,
             policy=first.policy,
             prefill_interval=first.prefill_interval,
             max_in_flight_tokens=first.max_in_flight_tokens,
