@@ -1,0 +1,1 @@
+"""Stands in for setuptools while pip downloads vLLM's source: see ``build_meta``."""
