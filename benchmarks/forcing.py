@@ -48,11 +48,13 @@ def forcing_options() -> dict[str, Any]:
     return {"logits_processors": [ForcedText]}
 
 
-def forced_params(token_ids: list[int], extra_args: Mapping[str, Any]) -> SamplingParams:
+def forced_params(
+    token_ids: list[int], extra_args: Mapping[str, Any] | None = None
+) -> SamplingParams:
     """Decode exactly ``token_ids`` and say how likely each was; ``extra_args`` for a policy."""
-    forced: dict[str, Any] = {"extra_args": {**extra_args, "forced_token_ids": token_ids}}
+    forced: dict[str, Any] = {"extra_args": {**(extra_args or {}), "forced_token_ids": token_ids}}
     if replays_traces():
-        forced = {"extra_args": dict(extra_args), "trace_decode_token_ids": token_ids}
+        forced = {"extra_args": dict(extra_args or {}), "trace_decode_token_ids": token_ids}
     return SamplingParams(
         max_tokens=len(token_ids),
         temperature=0,
