@@ -56,7 +56,7 @@ def test_loss_by_distance(quality: dict[str, Any], tmp_path: Path) -> None:
     assert [axes.get_title() for axes in figure.axes] == list(quality["documents"])
     axes = figure.axes[0]
     line = next(line for line in axes.lines if line.get_label() == "streaming")
-    rows = {name: row["loss_by_distance"]["books"] for name, row in quality["rows"].items()}
+    rows = {name: row["loss_by_distance"]["wikitext"] for name, row in quality["rows"].items()}
     expected = [b[1] - a[1] for a, b in zip(rows["full"], rows["streaming"], strict=True)]
     np.testing.assert_allclose(line.get_ydata(), expected)
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
