@@ -150,7 +150,8 @@ class PagedDecoder:
         group = query.shape[1] // key.shape[1]
         keys, values = cache.gather(3, index).repeat_interleave(group, dim=2)
         hidden = positions[:, None, None, :] > torch.arange(start, end)[:, None]
-        logits = query @ keys.transpose(2, 3) * query.shape[-1] ** -0.5
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        logits = query @ keys.transpose(2, 3) * scale
         weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
         last = weights[:, :, -WINDOW:]
         by_block = (positions // BLOCK_SIZE)[:, None, None, :].expand_as(last)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from vllm_semantic.hooks import DEFAULT_BLOCK_SIZE
 from vllm_semantic.policies import POLICIES
 from vllm_semantic.policies.oracle import FUTURE_ATTENTION
 
@@ -24,20 +25,15 @@ from . import plots, recall, tables, texts
 from .context import RESULTS, context
 from .demo import progress_bar
 from .engines import RemoteEngine, engine
+from .rows import Row, rows_of
 from .shapes import kv_bytes
-from .statistics import by_distance, paired_difference, perplexity
+from .statistics import by_distance, paired_difference, perplexity, turned
 
 BUCKET = 250
 """Tokens of a bucket of loss by distance."""
 
 CHUNK = 512
 """Tokens of a prompt that are read at once in ``prefill`` mode."""
-
-SINKS = 8
-"""Tokens of a budget that are for sinks: a block in any case, also where a policy has four."""
-
-CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 16
-"""What a policy sets where no block size is given."""
 
 
 @dataclass(frozen=True)
@@ -66,65 +62,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The study on Pythia-2.8B: 1000 tokens, 500 of them generated, 264 in the cache.
     "study": {"num_tokens": 1000, "num_prompt": 500, "budget": (264,)},
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to hold a text in memory."""
-
-    policy: str
-    quantization: str
-    budget: int
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def title(self, budgets: tuple[int, ...]) -> str:
-        """How the row is called in tables: only what tells it from the others."""
-        of = "NF4 + " if self.quantization == "bitsandbytes" else ""
-        if self.quantization not in ("none", "bitsandbytes"):
-            of = f"{self.quantization} + "
-        at = f" @ {self.budget}" if len(budgets) > 1 and self.policy != "full" else ""
-        return f"{of}{self.policy}{at}"
-
-
-def policy_options(policy: str, budget: int) -> dict[str, Any]:
-    """A policy's options for a budget in tokens, such that all hold the same number of blocks.
-
-    Raises:
-        ValueError: the policy is not known, or the budget leaves it no room.
-    """
-    name, _, variant = policy.partition(":")
-    if name not in POLICIES:
-        raise ValueError(f"--policies {policy!r} is not known; allowed: {', '.join(POLICIES)}")
-    cls = POLICIES[name]
-    chosen: dict[str, Any] = {"similarity": variant} if variant else {}
-    if not cls.bounded:
-        return chosen
-    parts = cls().parts()
-    sink, recent = parts.pop("sink_tokens"), parts.pop("recent_tokens")
-    room = budget - SINKS
-    for option in parts:  # at most one
-        # Halves stay halves; a recent window that is the smaller part stays while it is.
-        recent = room // 2 if recent == parts[option] else min(recent, room // 2)
-        chosen[option] = room - recent
-    if not parts:
-        recent = room
-    if recent <= 0 or room <= 0:
-        raise ValueError(
-            f"--budget {budget} is too small for {policy}; allowed: {SINKS + 2} and more"
-        )
-    return {"sink_tokens": sink, "recent_tokens": recent, **chosen}
-
-
-def rows_of(settings: Settings) -> list[Row]:
-    """Every combination once."""
-    rows = []
-    for quantization, policy, budget in itertools.product(
-        settings.quantization, settings.policies, settings.budget
-    ):
-        if policy == "full" and budget != settings.budget[0]:
-            continue
-        rows.append(Row(policy, quantization, budget, policy_options(policy, budget)))
-    return rows
 
 
 @dataclass
@@ -172,9 +109,8 @@ def prepare(settings: Settings) -> Work:
 def _foresee(settings: Settings, work: Work) -> None:
     from .foresight import Foresight
 
-    block_size = settings.block_size or (
-        GPU_BLOCK_SIZE if torch.cuda.is_available() else CPU_BLOCK_SIZE
-    )
+    platform = "cuda" if torch.cuda.is_available() else "cpu"
+    block_size = settings.block_size or DEFAULT_BLOCK_SIZE[platform]
     foresight = Foresight(settings.model, block_size)
     documents = [(d, settings.num_prompt) for of in work.documents.values() for d in of]
     answered = [
@@ -187,7 +123,7 @@ def _foresee(settings: Settings, work: Work) -> None:
 def run(settings: Settings, out: Path = RESULTS / "quality.json") -> dict[str, Any]:
     """Measure every combination; print the tables, keep the JSON, draw the plots beside it."""
     console = Console()
-    rows = rows_of(settings)
+    rows = rows_of(settings.policies, settings.quantization, settings.budget)
     work = prepare(settings)
     measured: dict[str, dict[str, Any]] = {}
     with progress_bar(console) as progress:
@@ -354,8 +290,9 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
         pair = report["differences"].get("streaming - NF4 + semantic", {}).get(text)
         if pair:
             name = f"nll_nf4_semantic_minus_streaming_{text}"
-            found[name] = -pair["mean"]
-            found[f"{name}_ci_low"], found[f"{name}_ci_high"] = -pair["ci_high"], -pair["ci_low"]
+            difference = turned(pair)
+            found[name] = difference["mean"]
+            found |= {f"{name}_{end}": difference[end] for end in ("ci_low", "ci_high")}
     rules = [name for name in ppl if name not in ("full", "oracle") and "NF4" not in name]
     if len(rules) > 2:
         found["best_rule"] = min(rules, key=lambda name: sum(map(math.log, ppl[name].values())))

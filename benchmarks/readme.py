@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .context import RESULTS, ROOT
+from .statistics import turned
 
 FIGURES = {
     "no_eviction_throughput_ratio": "budget never reached: throughput over stock",
@@ -122,7 +123,7 @@ def _read(report: dict[str, Any]) -> str:
     """What was read under which budget."""
     settings = report["context"]
     counts = ", ".join(f"{count} of {name}" for name, count in report["documents"].items())
-    budgets = ", ".join(map(str, settings.get("budget", [264])))
+    budgets = ", ".join(map(str, settings["budget"]))
     return (
         f"{settings['model']}, budget {budgets}, documents of {settings['num_tokens']} tokens "
         f"({counts}), scored after {settings['num_prompt']}"
@@ -177,14 +178,7 @@ def _minus(report: dict[str, Any], title: str, text: str) -> str:
     differences = report["differences"]
     if (pair := f"{title} - streaming") in differences:
         return _interval(differences[pair][text])
-    swapped = differences[f"streaming - {title}"][text]
-    return _interval(
-        {
-            "mean": -swapped["mean"],
-            "ci_low": -swapped["ci_high"],
-            "ci_high": -swapped["ci_low"],
-        }
-    )
+    return _interval(turned(differences[f"streaming - {title}"][text]))
 
 
 def _variants(report: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -50,6 +50,15 @@ def paired_difference(
     means = sums[drawn].sum(1) / lengths[drawn].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return Difference(float(sums.sum() / lengths.sum()), float(low), float(high))
+
+
+def turned(difference: Mapping[str, float]) -> dict[str, float]:
+    """The same difference with its sides swapped."""
+    return {
+        "mean": -difference["mean"],
+        "ci_low": -difference["ci_high"],
+        "ci_high": -difference["ci_low"],
+    }
 
 
 def by_distance(

@@ -17,8 +17,11 @@ from torch.nn.functional import cosine_similarity, normalize
 from . import texts
 from .context import RESULTS, context
 from .demo import progress_bar
-from .paged_decoder import BLOCK_SIZE, PagedDecoder, Rule, Split, State
+from .paged_decoder import BLOCK_SIZE, PagedDecoder, Rule, Split, State, tokens_of
 from .statistics import paired_difference
+
+BUDGET = 264
+"""Tokens, held as nine blocks of 32: the splits below."""
 
 TEXTS = ("wikitext-valid", "pg19-valid")
 
@@ -67,7 +70,7 @@ def similar(
         keys = state.keys()
         queries = state.queries[..., -num_queries:, :]
         if theta is not None:
-            positions = (state.blocks.unsqueeze(2) * BLOCK_SIZE + torch.arange(BLOCK_SIZE))[:, None]
+            positions = tokens_of(state.blocks).unflatten(1, (-1, BLOCK_SIZE)).unsqueeze(1)
             keys = unrotated(keys, positions, theta)
             first = state.point - queries.shape[3]
             queries = unrotated(queries, torch.arange(first, state.point), theta)
@@ -224,7 +227,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Per variant and text: perplexity, excess over full by streaming's, difference to it."""
     report: dict[str, Any] = {
-        "context": context(**asdict(settings)),
+        "context": context(**asdict(settings), budget=[BUDGET]),
         "documents": sizes,
         "rows": {},
     }

@@ -48,8 +48,11 @@ def passkey_table(evaluation: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def stages(run: Path, hardware: str) -> list[dict[str, Any]]:
-    """What the model was trained on, stage by stage: that of `run.init`, then the run itself."""
+def stages(run: Path, hardware: str, note: str | None = None) -> list[dict[str, Any]]:
+    """What the model was trained on, stage by stage: that of `run.init`, then the run itself.
+
+    `note` says what the run's options do not.
+    """
     saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     progress = saved["progress"]
     options = json.loads((run / "options.json").read_text(encoding="utf-8"))
@@ -64,6 +67,8 @@ def stages(run: Path, hardware: str) -> list[dict[str, Any]]:
         "rates": [options["matrix_rate"], options["other_rate"]],
         "loss": [round(loss, 3) for _, loss in progress["losses"][-10:]],
     }
+    if note:
+        stage["note"] = note
     before = [] if options["init"] is None else json.loads(history(Path(options["init"])))
     return [*before, stage]
 
@@ -105,15 +110,17 @@ def describe(stage: dict[str, Any]) -> str:
 - Muon at {stage["rates"][0]:g} for the matrices inside the layers, AdamW at {stage["rates"][1]:g}
   for the rest; a linear decay to zero over the last {decay:.0%} of the time.
 - Training loss at the end: {loss:.3f} nats per token (weighted, synthetic tasks included).
-"""
+{f"- {stage['note']}" if "note" in stage else ""}"""
 
 
-def model_card(name: str, run: Path, evaluation: Path | None, context: int, hardware: str) -> str:
-    """The card in Markdown."""
+def model_card(
+    name: str, run: Path, record: list[dict[str, Any]], evaluation: Path | None, context: int
+) -> str:
+    """The card in Markdown; `record` as `stages` gives it."""
     saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     config = saved["config"]
     parameters = sum(weight.numel() for weight in saved["model"].values())
-    story = "\n".join(map(describe, stages(run, hardware)))
+    story = "\n".join(map(describe, record))
     sections = [
         f"""{HEADER}
 # {name}

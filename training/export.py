@@ -102,16 +102,15 @@ def main() -> None:
     parser.add_argument(
         "--evaluation", type=Path, default=None, help="JSON of training.evaluate, for the card"
     )
+    parser.add_argument("--note", help="for the card: what the run's options do not say")
     arguments = parser.parse_args()
+    # Before anything is written: a run may go on from the model that it replaces.
+    record = stages(arguments.run, arguments.hardware, arguments.note)
     export(arguments.run, arguments.out, arguments.context)
-    record = json.dumps(stages(arguments.run, arguments.hardware), indent=1)
-    (arguments.out / "training.json").write_text(f"{record}\n", encoding="utf-8")
+    text = json.dumps(record, indent=1)
+    (arguments.out / "training.json").write_text(f"{text}\n", encoding="utf-8")
     card = model_card(
-        arguments.out.name,
-        arguments.run,
-        arguments.evaluation,
-        arguments.context,
-        arguments.hardware,
+        arguments.out.name, arguments.run, record, arguments.evaluation, arguments.context
     )
     (arguments.out / "README.md").write_text(card, encoding="utf-8")
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from benchmarks import quality
 from benchmarks.context import MODEL
 from benchmarks.engines import engine
+from benchmarks.rows import policy_options
 from vllm_semantic.config import make_policy
 from vllm_semantic.policies import POLICIES, SemanticPolicy, StreamingPolicy
 
@@ -86,10 +87,10 @@ def test_quality(tmp_path: Path) -> None:
 @pytest.mark.parametrize("budget", [0, 9])
 def test_a_budget_without_room_is_refused(budget: int) -> None:
     with pytest.raises(ValueError, match=f"--budget {budget} is too small for semantic"):
-        quality.policy_options("semantic", budget)
-    assert quality.policy_options("semantic", 264) == SemanticPolicy().parts()
-    assert quality.policy_options("streaming", 264) == StreamingPolicy().parts()
-    assert quality.policy_options("semantic:study", 520) == {
+        policy_options("semantic", budget)
+    assert policy_options("semantic", 264) == SemanticPolicy().parts()
+    assert policy_options("streaming", 264) == StreamingPolicy().parts()
+    assert policy_options("semantic:study", 520) == {
         "sink_tokens": 8,
         "recent_tokens": 64,
         "semantic_tokens": 448,
@@ -100,6 +101,6 @@ def test_a_budget_without_room_is_refused(budget: int) -> None:
 @pytest.mark.parametrize("policy", [name for name, cls in POLICIES.items() if cls.bounded])
 @pytest.mark.parametrize("budget", [136, 264, 1032])
 def test_every_policy_holds_as_much(policy: str, budget: int) -> None:
-    made = make_policy(policy, quality.policy_options(policy, budget))
+    made = make_policy(policy, policy_options(policy, budget))
     for block_size in (16, 32):
         assert made.budget(block_size).total == 1 + (budget - 8) // block_size

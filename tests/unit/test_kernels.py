@@ -38,6 +38,14 @@ LOGSUMEXP = SCORE | {
     "scale": "fp32",
 }
 
+for_every_cache = pytest.mark.parametrize(
+    ("capability", "keys", "head_size"),
+    [
+        *itertools.product(ARCHITECTURES, ["bf16", "fp16", "fp32"], [64, 80, 256]),
+        *itertools.product([90, 100], ["fp8e4nv", "fp8e5"], [128]),
+    ],
+)
+
 
 def compiles(kernel: Any, signature: dict[str, str], capability: int, **constants: int) -> None:
     order = [name for name in kernel.arg_names if name not in constants]
@@ -55,13 +63,7 @@ def test_compaction_compiles(capability: int) -> None:
     compiles(compaction.compact_kernel, COMPACT, capability, BLOCK_SIZE=16, CHUNK=compaction.CHUNK)
 
 
-@pytest.mark.parametrize(
-    ("capability", "keys", "head_size"),
-    [
-        *itertools.product(ARCHITECTURES, ["bf16", "fp16", "fp32"], [64, 80, 256]),
-        *itertools.product([90, 100], ["fp8e4nv", "fp8e5"], [128]),
-    ],
-)
+@for_every_cache
 def test_scoring_compiles(capability: int, keys: str, head_size: int) -> None:
     queries = "bf16" if keys.startswith("fp8") else keys
     compiles(
@@ -79,13 +81,7 @@ def test_scoring_compiles(capability: int, keys: str, head_size: int) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("capability", "keys", "head_size"),
-    [
-        *itertools.product(ARCHITECTURES, ["bf16", "fp16", "fp32"], [64, 80, 256]),
-        *itertools.product([90, 100], ["fp8e4nv", "fp8e5"], [128]),
-    ],
-)
+@for_every_cache
 def test_attention_scores_compile(capability: int, keys: str, head_size: int) -> None:
     queries = "bf16" if keys.startswith("fp8") else keys
     compiles(

@@ -27,7 +27,6 @@ EvictedTokens = Callable[[CommonAttentionMetadata], "np.ndarray | None"]
 """Says how many tokens each row of a batch has lost, ``[num_reqs]`` int32 on the host;
 ``None`` if none has."""
 
-
 QueryRows = Callable[[CommonAttentionMetadata], "np.ndarray | None"]
 """Says which queries of a batch to keep and where, see ``QueryWindows.place``; ``None`` for a
 batch that is no step."""
@@ -50,7 +49,7 @@ class StepBuffers:
         max_num_reqs: rows.
         max_num_blocks: the most kernel blocks that one request keeps.
         num_null_ids: kernel block ids below this are the null block.
-        windows: where queries are kept.
+        windows: where queries are kept; ``None`` where none are.
         device: of the KV cache.
     """
 
@@ -59,7 +58,7 @@ class StepBuffers:
         max_num_reqs: int,
         max_num_blocks: int,
         num_null_ids: int,
-        windows: QueryWindows,
+        windows: QueryWindows | None,
         device: torch.device,
     ) -> None:
         self.num_null_ids = num_null_ids
@@ -68,8 +67,8 @@ class StepBuffers:
             max_num_reqs, max_num_blocks, dtype=torch.int32, device=device
         )
         self.seq_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
-        shape = (2, max_num_reqs * windows.num_queries)
-        self.query_rows = torch.zeros(shape, dtype=torch.int64, device=device)
+        num_rows = 0 if windows is None else windows.spare_row
+        self.query_rows = torch.zeros(2, num_rows, dtype=torch.int64, device=device)
 
 
 class CompactingBuilder:
@@ -106,8 +105,11 @@ class CompactingBuilder:
                 common = self._compact(common, self.buffers, evicted)
             elif self.captured:
                 common = self._stage(common, self.buffers)
-            if self.keeps_queries or self.captured:
-                kept_queries = self._kept_queries(common_attn_metadata, self.buffers)
+            windows = self.buffers.windows
+            if windows is not None and (self.keeps_queries or self.captured):
+                kept_queries = self._kept_queries(
+                    common_attn_metadata, self.buffers.query_rows, windows.spare_row
+                )
         metadata = super().build(  # type: ignore[misc]
             common_prefix_len, common, fast_build
         )
@@ -132,18 +134,18 @@ class CompactingBuilder:
             seq_lens,
         )
 
-    def _kept_queries(self, common: CommonAttentionMetadata, buffers: StepBuffers) -> KeptQueries:
-        """Rows in the fixed buffers; what a CUDA graph reads beyond them goes to the spare row."""
+    def _kept_queries(
+        self, common: CommonAttentionMetadata, buffer: torch.Tensor, spare_row: int
+    ) -> KeptQueries:
+        """Rows in a fixed buffer; what a CUDA graph reads beyond them goes to the spare row."""
         rows = self.query_rows(common) if self.keeps_queries else None
         num_kept = 0 if rows is None else rows.shape[1]
-        num_read = num_kept
-        if self.captured:
-            num_read = min(common.num_actual_tokens, buffers.query_rows.shape[1])
+        num_read = min(common.num_actual_tokens, buffer.shape[1]) if self.captured else num_kept
         places = np.zeros((2, num_read), dtype=np.int64)
-        places[1] = buffers.windows.spare_row
+        places[1] = spare_row
         if rows is not None:
             places[:, :num_kept] = rows
-        staged = buffers.query_rows[:, :num_read]
+        staged = buffer[:, :num_read]
         staged.copy_(async_tensor_h2d(places, staged.device, torch.int64))
         return KeptQueries(staged[0], staged[1])
 

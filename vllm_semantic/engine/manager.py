@@ -110,7 +110,7 @@ class SemanticManager(FullAttentionManager):
         """
         if not self.policy.bounded:
             return None
-        point = self._next_over_budget_point("", 0, request.num_prompt_tokens)
+        point = self._next_over_budget_point(request.request_id, 0, request.num_prompt_tokens)
         return max(0, point - self.policy.num_queries) // self.block_size * self.block_size
 
     def keeps_queries(self, request: Request, num_computed: int, num_new: int) -> bool:

@@ -26,11 +26,16 @@ class QueryWindows:
         self._rings: dict[str, int] = {}
 
     def buffer(
-        self, num_layers: int, num_heads: int, head_size: int, dtype: torch.dtype, device: object
+        self,
+        num_layers: int,
+        num_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> torch.Tensor:
         """Rows for layers of one shape, ``[num_layers, num_rows, num_heads, head_size]``."""
         shape = (num_layers, self.spare_row + 1, num_heads, head_size)
-        return torch.zeros(shape, dtype=dtype, device=device)  # type: ignore[call-overload,no-any-return]
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     def place(
         self, request_ids: Sequence[str], query_starts: np.ndarray, seq_lens: np.ndarray

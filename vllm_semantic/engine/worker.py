@@ -246,7 +246,7 @@ class KVPolicyWorkerMixin(Worker):
             self.scheduler_config.max_num_seqs,
             num_blocks * kernel_blocks,
             num_null_ids=kernel_blocks,
-            windows=self._windows,
+            windows=self._windows if self.kv_policy.scores_blocks else None,
             device=self.model_runner.device,
         )
 

@@ -26,6 +26,5 @@ class H2OPolicy(SelectivePolicy):
     selected_tokens: int = 128
 
     def score(self, view: BlockView) -> torch.Tensor:
-        since_last_point = view.attention(view.block_size)
-        # [num_layers, num_heads, num_queries, num_blocks, block_size]
-        return since_last_point.sum((2, 4)).mean(1)[:, : view.num_full_blocks]
+        since_last_point = view.attention_to_blocks(view.block_size)
+        return since_last_point.sum(1)

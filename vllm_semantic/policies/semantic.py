@@ -47,8 +47,7 @@ class SemanticPolicy(KVPolicy):
     def score(self, view: BlockView) -> torch.Tensor:
         if self.similarity == "study":
             return mean_key_cosine(view.queries[:, -1], view.full.keys)
-        # [num_layers, num_heads, num_queries, num_blocks, block_size]
-        return view.attention().sum(4).mean((1, 2))[:, : view.num_full_blocks]
+        return view.attention_to_blocks().mean(1)
 
     def score_cached(self, cached: CachedBlocks) -> torch.Tensor | None:
         by_kernel = cached_mean_key_cosine if self.similarity == "study" else cached_attention

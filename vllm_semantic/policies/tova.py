@@ -16,4 +16,4 @@ class TOVAPolicy(SelectivePolicy):
     name: ClassVar[str] = "tova"
 
     def score(self, view: BlockView) -> torch.Tensor:
-        return view.attention(1).sum((2, 4)).mean(1)[:, : view.num_full_blocks]
+        return view.attention_to_blocks(1)[:, 0]

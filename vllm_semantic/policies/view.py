@@ -64,6 +64,15 @@ class BlockView:
         queries = self.queries if num_queries is None else self.queries[:, -num_queries:]
         return weights(queries, self.keys, self.positions, self.num_tokens, self.scale)
 
+    def attention_to_blocks(self, num_queries: int | None = None) -> torch.Tensor:
+        """The share of attention that each full block gets from each of the last queries.
+
+        Returns:
+            ``[num_layers, num_queries, num_full_blocks]`` fp32, the mean over heads.
+        """
+        shares = self.attention(num_queries).sum(4).mean(1)
+        return shares[:, :, : self.num_full_blocks]
+
     @property
     def full(self) -> BlockView:
         """The same without the block being filled."""

@@ -1,0 +1,71 @@
+"""The rows of a quality report: a policy, how the weights are held, and a budget."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_semantic.policies import POLICIES
+
+SINKS = 8
+"""Tokens of a budget that are for sinks: a block in any case, also where a policy has four."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to hold a text in memory."""
+
+    policy: str
+    quantization: str
+    budget: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def title(self, budgets: Sequence[int]) -> str:
+        """How the row is called in tables: only what tells it from the others."""
+        of = "NF4 + " if self.quantization == "bitsandbytes" else ""
+        if self.quantization not in ("none", "bitsandbytes"):
+            of = f"{self.quantization} + "
+        at = f" @ {self.budget}" if len(budgets) > 1 and self.policy != "full" else ""
+        return f"{of}{self.policy}{at}"
+
+
+def policy_options(policy: str, budget: int) -> dict[str, Any]:
+    """A policy's options for a budget in tokens, such that all hold the same number of blocks.
+
+    Raises:
+        ValueError: the policy is not known, or the budget leaves it no room.
+    """
+    name, _, variant = policy.partition(":")
+    if name not in POLICIES:
+        raise ValueError(f"--policies {policy!r} is not known; allowed: {', '.join(POLICIES)}")
+    cls = POLICIES[name]
+    chosen: dict[str, Any] = {"similarity": variant} if variant else {}
+    if not cls.bounded:
+        return chosen
+    parts = cls().parts()
+    sink, recent = parts.pop("sink_tokens"), parts.pop("recent_tokens")
+    room = budget - SINKS
+    for option in parts:  # at most one
+        # Halves stay halves; a recent window that is the smaller part stays while it is.
+        recent = room // 2 if recent == parts[option] else min(recent, room // 2)
+        chosen[option] = room - recent
+    if not parts:
+        recent = room
+    if recent <= 0 or room <= 0:
+        raise ValueError(
+            f"--budget {budget} is too small for {policy}; allowed: {SINKS + 2} and more"
+        )
+    return {"sink_tokens": sink, "recent_tokens": recent, **chosen}
+
+
+def rows_of(
+    policies: Sequence[str], quantization: Sequence[str], budgets: Sequence[int]
+) -> list[Row]:
+    """Every combination once; ``full`` has no budget, so it is measured at the first alone."""
+    return [
+        Row(policy, quantized, budget, policy_options(policy, budget))
+        for quantized, policy, budget in itertools.product(quantization, policies, budgets)
+        if policy != "full" or budget == budgets[0]
+    ]
