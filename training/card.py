@@ -110,7 +110,7 @@ def describe(stage: dict[str, Any]) -> str:
 - Muon at {stage["rates"][0]:g} for the matrices inside the layers, AdamW at {stage["rates"][1]:g}
   for the rest; a linear decay to zero over the last {decay:.0%} of the time.
 - Training loss at the end: {loss:.3f} nats per token (weighted, synthetic tasks included).
-{f"- {stage['note']}" if "note" in stage else ""}"""
+{f"- {stage['note']}{chr(10)}" if "note" in stage else ""}"""
 
 
 def model_card(
