@@ -1,9 +1,10 @@
-"""From what the user wrote to a policy: parsing, validation, messages that help."""
+"""From names and options to a policy: validation, messages that help."""
 
 from __future__ import annotations
 
 import importlib
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,6 @@ from .policies import POLICIES, KVPolicy
 
 POLICY_FLAG = "--kv-policy"
 CONFIG_FLAG = "--kv-policy-config"
-
-CONFIG_KEY = "kv_policy"
-"""Key of ``VllmConfig.additional_config`` under which the policy travels."""
 
 MAX_TOKENS = 2**31 - 1
 """vLLM counts positions in int32."""
@@ -43,12 +41,15 @@ def resolve_policy_class(name: object) -> type[KVPolicy]:
     )
 
 
-def make_policy(name: object, options: Mapping[str, Any] | None = None) -> KVPolicy:
+def make_policy(
+    name: object, options: Mapping[str, Any] | None = None, field: str = CONFIG_FLAG
+) -> KVPolicy:
     """Build a policy from its name and options.
 
     Args:
         name: a key of :data:`~vllm_semantic.policies.POLICIES` or a qualified class name.
         options: the policy's options; missing ones take their defaults.
+        field: where the options were given, for messages.
 
     Raises:
         ValueError: an unknown name or option, or a value out of range. The message names
@@ -57,76 +58,46 @@ def make_policy(name: object, options: Mapping[str, Any] | None = None) -> KVPol
     cls = resolve_policy_class(name)
     known = cls.options()
     options = {} if options is None else options
-    if not isinstance(options, Mapping):
-        raise ValueError(f"{CONFIG_FLAG} {options!r} is not a JSON object such as {known}")
     for key, value in options.items():
         if key not in known:
             raise ValueError(
-                f"{CONFIG_FLAG}.{key} is not an option of policy {name!r}; "
+                f"{field}.{key} is not an option of policy {name!r}; "
                 f"allowed: {', '.join(known) or 'none'}"
             )
-        _check_option(cls, key, value)
+        if key not in cls.choices:
+            check_number(f"{field}.{key}", value)
+        elif value not in cls.choices[key]:
+            raise ValueError(
+                f"{field}.{key} {reprlib.repr(value)} is not known; "
+                f"allowed: {', '.join(cls.choices[key])}"
+            )
     policy = cls(**options)
     if policy.bounded and policy.recent_tokens == 0:
         raise ValueError(
-            f"{CONFIG_FLAG}.recent_tokens 0 would evict what was just written; "
+            f"{field}.recent_tokens 0 would evict what was just written; "
             f"allowed: integers from 1 to {MAX_TOKENS}"
         )
     return policy
 
 
-def _check_option(cls: type[KVPolicy], key: str, value: object) -> None:
-    if key in cls.choices:
-        if value not in cls.choices[key]:
-            raise ValueError(
-                f"{CONFIG_FLAG}.{key} {value!r} is not known; "
-                f"allowed: {', '.join(cls.choices[key])}"
-            )
-    elif isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_TOKENS:
-        what = "number of tokens" if key.endswith("_tokens") else "number"
+def check_number(field: str, value: object) -> None:
+    """Refuse what is not a number of tokens, or another number that is an option.
+
+    Args:
+        field: its whole name; ``*_tokens`` counts tokens.
+
+    Raises:
+        ValueError: ``value`` is no integer from 0 to :data:`MAX_TOKENS`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_TOKENS:
+        what = "number of tokens" if field.endswith("_tokens") else "number"
         raise ValueError(
-            f"{CONFIG_FLAG}.{key} {value!r} is not a {what}; "
+            f"{field} {reprlib.repr(value)} is not a {what}; "
             f"allowed: integers from 0 to {MAX_TOKENS}"
         )
 
 
-def policy_from_config(config: object) -> KVPolicy:
-    """Build a policy from ``additional_config["kv_policy"]``.
-
-    Args:
-        config: ``{"name": ..., **options}``, or just a name.
-
-    Raises:
-        ValueError: as :func:`make_policy`.
-    """
-    if isinstance(config, str):
-        return make_policy(config)
-    if not isinstance(config, Mapping) or "name" not in config:
-        raise ValueError(
-            f"additional_config[{CONFIG_KEY!r}] {config!r} is not of the form "
-            '{"name": "semantic", "semantic_tokens": 192}'
-        )
-    return make_policy(config["name"], {k: v for k, v in config.items() if k != "name"})
-
-
-def policy_to_config(name: str | None, options: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The form in which flags travel, validated; ``None`` where no policy is asked for.
-
-    Raises:
-        ValueError: as :func:`make_policy`, or options without a policy.
-    """
-    if name is None:
-        if options:
-            raise ValueError(
-                f"{CONFIG_FLAG} {dict(options)!r} needs {POLICY_FLAG}; "
-                f"allowed: {', '.join(POLICIES)}"
-            )
-        return None
-    make_policy(name, options)
-    return {"name": name, **(options or {})}
-
-
-def check_block_size(policy: KVPolicy, block_size: int) -> None:
+def check_block_size(policy: KVPolicy, block_size: int, field: str = CONFIG_FLAG) -> None:
     """Refuse a block size that is coarser than a part of the budget.
 
     Sink tokens always round up to at least a block and are not checked.
@@ -139,7 +110,7 @@ def check_block_size(policy: KVPolicy, block_size: int) -> None:
     for option, tokens in policy.parts().items():
         if option != "sink_tokens" and 0 < tokens < block_size:
             raise ValueError(
-                f"--block-size {block_size} is too coarse for {CONFIG_FLAG}.{option} {tokens}; "
+                f"--block-size {block_size} is too coarse for {field}.{option} {tokens}; "
                 f"allowed: a block size of at most {tokens}, or {option} of at least {block_size}"
             )
 

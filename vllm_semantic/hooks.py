@@ -14,16 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .config import (
-    CONFIG_FLAG,
-    CONFIG_KEY,
-    POLICY_FLAG,
-    check_block_size,
-    policy_from_config,
-    policy_to_config,
-    resolve_policy_class,
-)
+from .config import CONFIG_FLAG, POLICY_FLAG, check_block_size, resolve_policy_class
+from .frontend import asks_for_policy, checked, system_only, with_pinned
 from .policies import POLICIES, KVPolicy
+from .served import CONFIG_KEY, MAX_REQUEST_TOKENS, ServedPolicies, flags_to_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -91,7 +85,8 @@ def _adding_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
             type=_json_object,
             default=None,
             help="Options of the policy in tokens, as JSON or one by one "
-            f"({CONFIG_FLAG}.semantic_tokens 512). "
+            f"({CONFIG_FLAG}.semantic_tokens 512). {MAX_REQUEST_TOKENS}: the largest budget that a "
+            "request may ask for, default: that of the policy. "
             + "; ".join(f"{name}: {cls.options()}" for name, cls in POLICIES.items()),
         )
         return parser
@@ -102,7 +97,7 @@ def _adding_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
 def _reading_flags(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(from_cli_args)
     def wrapper(cls: type, args: argparse.Namespace) -> Any:
-        config = policy_to_config(
+        config = flags_to_config(
             getattr(args, "kv_policy", None), getattr(args, "kv_policy_config", None)
         )
         engine_args = from_cli_args(cls, args)
@@ -126,8 +121,9 @@ def _finishing(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
             return create_engine_config(self, *args, **kwargs)
         from vllm.platforms import current_platform
 
-        policy = policy_from_config(additional_config[CONFIG_KEY])
+        policy = ServedPolicies.from_config(additional_config[CONFIG_KEY]).default
         check_vllm_version()
+        check_requests()
         engine_args = copy.copy(self)
         if engine_args.block_size is None:
             platform = "xformers" if xformers else current_platform.device_type
@@ -233,6 +229,87 @@ def finish_config(vllm_config: VllmConfig, policy: KVPolicy) -> None:
         )
     parallel.worker_cls = WORKERS[parallel.worker_cls]
     scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
+
+
+# -- requests --------------------------------------------------------------------------
+
+
+def check_requests() -> None:
+    """Read and check what requests ask for, where vLLM reads the rest of them.
+
+    That is ``InputProcessor.process_inputs``; for a server already ``OnlineRenderer``, before
+    a streamed answer begins, and while the messages of a chat are at hand. Called before an
+    engine with a policy is built; an engine without one is served as before.
+    """
+    from vllm.renderers.online_renderer import OnlineRenderer
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    if getattr(InputProcessor, "kv_policy_hook", False):
+        return
+    InputProcessor.kv_policy_hook = True
+    InputProcessor.process_inputs = _checking_inputs(InputProcessor.process_inputs)
+    OnlineRenderer.preprocess_completion = _checking_completion(
+        OnlineRenderer.preprocess_completion
+    )
+    OnlineRenderer.preprocess_chat = _checking_chat(OnlineRenderer.preprocess_chat)
+
+
+def _checking_inputs(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.utils import length_from_prompt_token_ids_or_embeds
+
+    @functools.wraps(process_inputs)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process_inputs(self, *args, **kwargs)
+        params = request.sampling_params
+        if params is not None and asks_for_policy(params.extra_args, self.vllm_config):
+            num_prompt_tokens = length_from_prompt_token_ids_or_embeds(
+                request.prompt_token_ids, request.prompt_embeds
+            )
+            params.extra_args = checked(
+                params.extra_args, self.vllm_config, num_prompt_tokens, params.max_tokens
+            )
+        return request
+
+    return wrapper
+
+
+def _checking_completion(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(preprocess)
+    async def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = await preprocess(self, request, *args, **kwargs)
+        _check_rendered(request, inputs, self.renderer.config)
+        return inputs
+
+    return wrapper
+
+
+def _checking_chat(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(preprocess)
+    async def wrapper(self: Any, request: Any, messages: Any, *args: Any, **kwargs: Any) -> Any:
+        rendered = await preprocess(self, request, messages, *args, **kwargs)
+        extra_args, vllm_config = getattr(request, "vllm_xargs", None), self.renderer.config
+        if asks_for_policy(extra_args, vllm_config):
+            if system := system_only(extra_args, messages):
+                # Without a parser: it would change the request, a second time.
+                _, (other,) = await preprocess(
+                    self, request, system, *args, **{**kwargs, "parser": None}
+                )
+                request.vllm_xargs = with_pinned(
+                    extra_args, rendered[1][0]["prompt_token_ids"], other["prompt_token_ids"]
+                )
+            _check_rendered(request, rendered[1], vllm_config)
+        return rendered
+
+    return wrapper
+
+
+def _check_rendered(request: Any, inputs: Any, vllm_config: VllmConfig) -> None:
+    extra_args = getattr(request, "vllm_xargs", None)
+    if asks_for_policy(extra_args, vllm_config):
+        for engine_input in inputs:
+            num_prompt_tokens = len(engine_input.get("prompt_token_ids", ()))
+            # What a request may generate at least: the rest is not known yet.
+            checked(extra_args, vllm_config, num_prompt_tokens, 1)
 
 
 # -- registries ------------------------------------------------------------------------

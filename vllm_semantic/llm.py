@@ -7,7 +7,7 @@ from typing import Any
 
 import vllm
 
-from .config import CONFIG_KEY, policy_to_config
+from .served import CONFIG_KEY, flags_to_config
 
 
 class LLM(vllm.LLM):
@@ -17,7 +17,9 @@ class LLM(vllm.LLM):
         model: as in ``vllm.LLM``.
         kv_policy: ``"full"``, ``"streaming"``, ``"semantic"``, the qualified name of a
             :class:`~vllm_semantic.policies.KVPolicy` class, or ``None`` for vLLM untouched.
-        kv_policy_config: the policy's options in tokens, e.g. ``{"semantic_tokens": 512}``.
+        kv_policy_config: the policy's options in tokens, e.g. ``{"semantic_tokens": 512}``, and
+            ``max_request_tokens``, the largest budget that a request may ask for in
+            ``SamplingParams(extra_args={"kv_policy": {...}})``.
         **kwargs: as in ``vllm.LLM``.
 
     Raises:
@@ -32,7 +34,7 @@ class LLM(vllm.LLM):
         kv_policy_config: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        config = policy_to_config(kv_policy, kv_policy_config)
+        config = flags_to_config(kv_policy, kv_policy_config)
         if config is not None:
             additional_config = kwargs.pop("additional_config", None) or {}
             kwargs["additional_config"] = {**additional_config, CONFIG_KEY: config}

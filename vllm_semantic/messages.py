@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .policies import KVPolicy
+
 BlockIndices = list[int]
 """Logical block indices of one request, ascending."""
 
@@ -12,6 +14,9 @@ BlockIndices = list[int]
 @dataclass(frozen=True)
 class ScoreRequest:
     """Asks for scores of the full blocks that one request holds. Written by the block manager."""
+
+    policy: KVPolicy
+    """Says what a block is worth."""
 
     num_tokens: int
     """The eviction point that the scores are for: tokens computed once the step has run."""
@@ -47,6 +52,16 @@ class KVPolicyStep:
 
 BlockScores = dict[int, dict[str, list[float]]]
 """Per KV cache group and request, one score per block of its :class:`ScoreRequest`."""
+
+
+def attach_policy(request: Any, policy: KVPolicy) -> None:
+    """Give a vLLM ``Request`` a policy of its own; it lives as long as the request does."""
+    request.kv_policy = policy
+
+
+def policy_of(request: Any, default: KVPolicy) -> KVPolicy:
+    """The policy of a vLLM ``Request``."""
+    return getattr(request, "kv_policy", default)
 
 
 def attach_step(scheduler_output: Any, step: KVPolicyStep) -> None:

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.renderers.base import BaseRenderer
+from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -20,6 +23,8 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SingleTypeKVCacheManager,
     get_manager_for_kv_cache_spec,
 )
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_interface import FullAttentionSpec, create_kv_cache_views, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -62,6 +67,23 @@ def test_engine_args_are_what_the_hooks_wrap() -> None:
     assert parameters(original["add_cli_args"]) == ["parser"]
     assert parameters(original["from_cli_args"]) == ["cls", "args"]
     assert parameters(original["create_engine_config"])[0] == "self"
+
+
+def test_requests_are_checked_where_prompt_and_parameters_meet() -> None:
+    process = parameters(inspect.unwrap(InputProcessor.process_inputs))
+    assert process[:4] == ["self", "request_id", "prompt", "params"]
+    source = inspect.getsource(inspect.unwrap(InputProcessor.process_inputs))
+    assert "sampling_params = params.clone()" in source, "extra_args are replaced on a copy"
+    assert source.rindex("sampling_params.max_tokens") < source.index("return EngineCoreRequest(")
+    assert {"sampling_params", "prompt_token_ids", "prompt_embeds"} <= set(
+        EngineCoreRequest.__struct_fields__
+    )
+    chat = inspect.signature(inspect.unwrap(OnlineRenderer.preprocess_chat)).parameters
+    assert list(chat)[:3] == ["self", "request", "messages"]
+    assert "parser" in chat
+    completion = parameters(inspect.unwrap(OnlineRenderer.preprocess_completion))
+    assert completion[:2] == ["self", "request"]
+    assert "self.config = config" in inspect.getsource(BaseRenderer.__init__)
 
 
 def test_plugins_are_loaded_before_the_parser_is_built() -> None:
@@ -116,6 +138,13 @@ def test_request_has_what_is_read() -> None:
         assert f"self.{name}" in source
 
 
+def test_a_request_is_added_once() -> None:
+    """What is attached to it then stays, also through a preemption."""
+    assert parameters(Scheduler.add_request) == ["self", "request"]
+    assert "self.requests[request.request_id] = request" in inspect.getsource(Scheduler.add_request)
+    assert not hasattr(Request, "__slots__")
+
+
 def test_stale_outputs_are_marked_at_preemption() -> None:
     source = inspect.getsource(Scheduler._preempt_request)
     assert "request.num_stale_output_tokens = request.num_in_flight_tokens" in source
@@ -139,6 +168,10 @@ def test_freeing_goes_through_pop_blocks_for_free() -> None:
 
 def test_manager_takes_an_admission_cap() -> None:
     assert "max_admission_blocks_per_request" in parameters(SingleTypeKVCacheManager.__init__)
+    source = inspect.getsource(SingleTypeKVCacheManager.get_num_blocks_to_allocate)
+    assert "self.max_admission_blocks_per_request" in source
+    source = inspect.getsource(KVCacheCoordinator.get_num_blocks_to_allocate)
+    assert source.count("apply_admission_cap=apply_admission_cap") == 2, "by keyword"
     # Obsolete once the cap is passed for every spec: see patches/README.md.
     source = inspect.getsource(get_manager_for_kv_cache_spec)
     assert "isinstance(\n        kv_cache_spec,\n        (SlidingWindowSpec" in source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -22,6 +24,7 @@ FLAGS = [
     "--kv-policy-config.sink_tokens=8",
     "--kv-policy-config.recent_tokens=64",
     "--kv-policy-config.semantic_tokens=64",
+    "--kv-policy-config.max_request_tokens=256",
     f"--num-gpu-blocks-override={POOL_BLOCKS}",
     f"--block-size={BLOCK_SIZE}",
     "--max-num-batched-tokens=256",
@@ -193,6 +196,94 @@ def test_bad_requests_are_answered(server: Server) -> None:
         server.client.completions.create(model=server.model, prompt="a", max_tokens=-1)
     with pytest.raises(openai.BadRequestError):
         server.client.completions.create(model=server.model, prompt="word " * 9000, max_tokens=1)
+    test_chat(server)
+
+
+def test_requests_choose_a_policy(server: Server, repo: Path) -> None:
+    """Over HTTP as JSON text: vLLM's ``vllm_xargs`` takes no objects."""
+    prompt = long_text(repo, 2400)
+
+    def complete(asked: dict[str, Any] | str | None) -> str:
+        text = asked if isinstance(asked, str) or asked is None else json.dumps(asked)
+        answer = server.client.completions.create(
+            model=server.model,
+            prompt=prompt,
+            max_tokens=200,
+            temperature=0,
+            extra_body={"ignore_eos": True, "vllm_xargs": {"kv_policy": text} if text else None},
+        )
+        return answer.choices[0].text
+
+    own = {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 64}
+    streaming = {"name": "streaming", "sink_tokens": 32, "recent_tokens": 64}
+    asked = [None, {"name": "semantic", **own}, streaming, {"pin_prompt_tokens": 128}, "semantic"]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        default, spelled_out, streamed, pinned, named = pool.map(complete, asked)
+    assert default == spelled_out == named
+    assert len({default, streamed, pinned}) == 3, "each keeps other blocks"
+
+
+def test_a_system_message_is_pinned(server: Server, repo: Path) -> None:
+    """The same as pinning the tokens of its part of the prompt, and refused if it is too long."""
+
+    def chat(system: str, asked: dict[str, Any]) -> str:
+        answer = server.client.chat.completions.create(
+            model=server.model,
+            messages=[
+                {"role": "system", "content": system},
+                {"role": "user", "content": long_text(repo, 2400)},
+            ],
+            max_tokens=100,
+            temperature=0,
+            extra_body={"ignore_eos": True, "vllm_xargs": {"kv_policy": json.dumps(asked)}},
+        )
+        return answer.choices[0].message.content or ""
+
+    system = long_text(repo, 180)
+    count = urllib.request.Request(
+        f"{server.url}/tokenize",
+        json.dumps(
+            {"model": server.model, "messages": [{"role": "system", "content": system}]}
+        ).encode(),
+        {"Content-Type": "application/json"},
+    )
+    num_tokens = json.loads(urllib.request.urlopen(count, timeout=30).read())["count"]
+    assert 64 < num_tokens <= 128
+    pinned = chat(system, {"pin": "system"})
+    assert pinned == chat(system, {"pin_prompt_tokens": num_tokens})
+    assert pinned != chat(system, {})
+    with pytest.raises(openai.BadRequestError, match=r"kv_policy .* allowed: 8 blocks"):
+        chat(long_text(repo, 1000), {"pin": "system"})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ('{"name": "semantic"', "kv_policy '{.*' is not JSON"),
+        ("smart", "kv_policy.name 'smart' is not served; allowed: full, streaming, semantic"),
+        (7, "kv_policy 7 is neither a name nor of the form"),
+        ('{"semantic_tokens": 1e9}', "kv_policy.semantic_tokens 1000000000.0 is not a number"),
+        ('{"semantic_tokens": 4096}', "kv_policy .* allowed: 8 blocks, the server's"),
+        ('{"pin": "system"}', "kv_policy.pin 'system' needs a chat that begins with a system"),
+        ("[" * 50000, "kv_policy.name .* is not served"),
+    ],
+)
+def test_a_bad_policy_is_a_bad_request(
+    asked: Any, message: str, stream: bool, server: Server
+) -> None:
+    """Also of a streamed answer, before it begins."""
+    arguments: dict[str, Any] = {
+        "model": server.model,
+        "max_tokens": 400,
+        "stream": stream,
+        "extra_body": {"ignore_eos": True, "vllm_xargs": {"kv_policy": asked}},
+    }
+    with pytest.raises(openai.BadRequestError, match=message):
+        server.client.completions.create(prompt="word " * 300, **arguments)
+    messages = [{"role": "user", "content": "word " * 300}]
+    with pytest.raises(openai.BadRequestError, match=message):
+        server.client.chat.completions.create(messages=messages, **arguments)
     test_chat(server)
 
 

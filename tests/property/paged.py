@@ -159,12 +159,13 @@ class PagedWorker:
         for source, row in zip(sources, rows, strict=True):
             self.queries[row] = batch[source]
 
-    def _check_window(self, request_id: str, end: int) -> None:
+    def _check_window(self, request_id: str, end: int, num_queries: int) -> None:
         """Everything that a policy will be shown is a query of this request, in order."""
-        first = max(0, end - self.windows.num_queries)
-        shown = [self.queries.get(row) for row in self.windows.window(request_id, end)]
+        first = max(0, end - num_queries)
+        rows = self.windows.window(request_id, end, num_queries)
+        shown = [self.queries.get(row) for row in rows]
         assert shown == [(request_id, position) for position in range(first, end)]
-        assert self.windows.newest_row(request_id, end) == self.windows.window(request_id, end)[-1]
+        assert self.windows.newest_row(request_id, end) == rows[-1]
 
     def _apply_evictions(self, step: KVPolicyStep) -> None:
         for request_id, blocks in step.evictions.get(0, {}).items():
@@ -228,7 +229,7 @@ class PagedWorker:
         assert 0 not in asked.block_ids, "asked to score what was evicted"
         held = [i for i in range(end // self.block_size) if row[i]]
         assert asked.block_indices == held, "every full block that is held"
-        self._check_window(request_id, end)
+        self._check_window(request_id, end, asked.policy.num_queries)
         return [tokens.score(end, i) for i in asked.block_indices]
 
     def slots_of(self, request_id: str, end: int) -> list[tuple[int, Slot]]:

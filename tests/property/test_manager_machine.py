@@ -31,6 +31,7 @@ from vllm_semantic.messages import ScoreRequest
 from vllm_semantic.policies import KVPolicy, SemanticPolicy, StreamingPolicy
 from vllm_semantic.policies.h2o import H2OPolicy
 from vllm_semantic.policies.random import RandomPolicy
+from vllm_semantic.served import ServedPolicies
 
 from .paged import PrefixOfHash, Slot, Tokens, check_pool, check_pool_whole
 
@@ -106,7 +107,7 @@ class ManagerMachine(RuleBasedStateMachine):
             num_kv_heads=1,
             head_size=32,
             dtype=torch.float32,
-            policy=self.policy,
+            served=ServedPolicies(self.policy.name, self.policy),
             prefill_interval=self.interval,
             max_in_flight_tokens=MAX_IN_FLIGHT * self.interval,
         )
@@ -299,7 +300,7 @@ class ManagerMachine(RuleBasedStateMachine):
         """Only full, settled blocks that were held; never the sink, never the recent ones."""
         num_full = (life.processed + num_hit) // BLOCK_SIZE
         kept = [i for i in range(num_full) if i not in life.gone]
-        budget = self.manager.budget
+        budget = self.policy.budget(BLOCK_SIZE)
         assert evicted == sorted(set(evicted))
         assert set(evicted) <= set(budget.candidates(kept))
         assert not evicted or len(kept) - len(evicted) == budget.total, "not one too many"

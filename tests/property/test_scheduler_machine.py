@@ -30,10 +30,10 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_semantic import register
-from vllm_semantic.config import policy_from_config
 from vllm_semantic.engine.spec import semantic_spec
 from vllm_semantic.hooks import SCHEDULERS
 from vllm_semantic.messages import scores_of, step_of
+from vllm_semantic.served import REQUEST_KEY, ServedPolicies
 
 from .paged import (
     VOCAB_SIZE,
@@ -57,6 +57,17 @@ TIGHT = [
     {"name": "semantic", "sink_tokens": 9, "recent_tokens": 4, "semantic_tokens": 20},
     {"name": "h2o", "sink_tokens": 4, "recent_tokens": 8, "selected_tokens": 12},
 ]
+ASKED = [
+    None,
+    {"pin_prompt_tokens": 16},
+    {"name": "full"},
+    {"name": "streaming", "sink_tokens": 4, "recent_tokens": 4},
+    {"name": "semantic", "sink_tokens": 0, "recent_tokens": 8, "semantic_tokens": 16},
+    {"name": "semantic", "semantic_tokens": 4, "recent_tokens": 4, "similarity": "study"},
+]
+"""What requests ask for; where that is too much, they run under the server's policy."""
+MAX_REQUEST_TOKENS = 48
+
 AMPLE = [
     {"name": "full"},
     {"name": "streaming", "recent_tokens": 4096},
@@ -65,7 +76,7 @@ AMPLE = [
 
 
 @cache
-def vllm_config(
+def make_config(
     model: str, asynchronous: bool, tokens_per_step: int, long_prompt: int, caching: bool
 ) -> Any:
     register()
@@ -114,10 +125,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def start(self, data: st.DataObject) -> None:
-        self.policy = policy_from_config(data.draw(st.sampled_from(self.policies)))
+        config = data.draw(st.sampled_from(self.policies))
+        if self.policies is TIGHT:
+            config = config | {"max_request_tokens": MAX_REQUEST_TOKENS}
+        self.served = ServedPolicies.from_config(config)
         self.tokens_per_step = data.draw(st.sampled_from([8, 13, 16, 32]))
         self.caching = data.draw(st.booleans())
-        config = vllm_config(
+        vllm_config = make_config(
             self.model,
             self.asynchronous,
             self.tokens_per_step,
@@ -127,22 +141,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         full = FullAttentionSpec(
             block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
         )
-        self.spec = semantic_spec(full, self.policy, config)
+        self.spec = semantic_spec(full, self.served, vllm_config)
         most = -(-MAX_MODEL_LEN // BLOCK_SIZE)
         # What vLLM's start-up check asks for is enough; more is drawn.
         least = min(self.spec.max_admission_blocks or most, most)
         num_blocks = least + data.draw(st.integers(1, most))
         ours = resolve_obj_by_qualname(SCHEDULERS[self.asynchronous])
-        self.scheduler = make_scheduler(ours, config, self.spec, num_blocks)
+        self.scheduler = make_scheduler(ours, vllm_config, self.spec, num_blocks)
         self.manager = self.scheduler.kv_policy_managers[0]
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.stock = None
         if self.policies is AMPLE:
             stock = AsyncScheduler if self.asynchronous else Scheduler
-            self.stock = make_scheduler(stock, config, full, num_blocks)
+            self.stock = make_scheduler(stock, vllm_config, full, num_blocks)
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(BLOCK_SIZE, sha256) if self.caching else None
-        self.worker = PagedWorker(BLOCK_SIZE, self.policy.num_queries, MAX_REQUESTS)
+        self.worker = PagedWorker(BLOCK_SIZE, self.served.num_queries, MAX_REQUESTS)
         self.hashes = PrefixOfHash(BLOCK_SIZE)
         self.in_flight: deque[tuple[Any, Any, Any]] = deque()
         self.tokens: dict[str, Tokens] = {}
@@ -167,10 +181,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         request_id = f"r{len(self.tokens)}"
         self.tokens[request_id] = Tokens(prompt)
         self.evicted[request_id] = {}
+        asked = data.draw(st.sampled_from(ASKED)) if self.policies is TIGHT else None
+        policy = self.served.default
+        if asked is not None:
+            try:
+                policy = self.served.choose(asked, BLOCK_SIZE, length, max_tokens)
+            except ValueError:
+                asked = None
+        self.seen["policies of their own"] += policy != self.served.default
         self.expected[request_id] = ExpectedEvictions(
-            self.tokens[request_id], self.policy, BLOCK_SIZE, self.tokens_per_step
+            self.tokens[request_id], policy, BLOCK_SIZE, self.tokens_per_step
         )
-        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=0,
+            ignore_eos=True,
+            extra_args=asked and {REQUEST_KEY: asked},
+        )
         for scheduler in filter(None, (self.stock, self.scheduler)):
             request = Request(request_id, prompt, params, None, block_hasher=self.hasher)
             scheduler.add_request(request)
@@ -270,7 +297,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert request_id not in resumed
             at = self.start_of(request_id, output) - self.spec.eviction_delay
             assert at <= self.processed(request_id), "a step in flight reads these blocks"
-            budget = self.spec.budget
+            budget = self.expected[request_id].policy.budget(BLOCK_SIZE)
             kept = sorted(set(range(at // BLOCK_SIZE)) - self.gone(request_id))
             protected = kept[: budget.sink] + kept[len(kept) - budget.recent :]
             assert not set(blocks) & set(protected)
@@ -323,8 +350,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert [block.block_id for block in table] == self.worker.rows[request_id]
             held = sum(not block.is_null for block in table)
             assert held == self.manager.num_kept_blocks(request_id)
-            if self.spec.max_admission_blocks is not None:
-                assert held <= self.spec.max_admission_blocks
+            most = self.spec.admission_blocks(self.expected[request_id].policy)
+            if most is not None:
+                assert held <= most
             delay = self.spec.eviction_delay
             start = self.start_of(request_id, output)
             due = self.expected[request_id].until(max(0, start - delay))
@@ -367,7 +395,7 @@ def test_schedulers(asynchronous: bool, policies: list[dict[str, Any]], llama: s
     common = {"steps": 5000, "hits": 50, "resumed": 50, "resumed with a hit": 5}
     common["aborted in flight"] = 20
     if policies is TIGHT:
-        common["evictions"] = 2000
+        common |= {"evictions": 2000, "policies of their own": 100}
         if asynchronous:
             common["stale scores"] = 20
     assert all(seen[what] >= least for what, least in common.items()), seen

@@ -8,6 +8,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm_semantic.engine.scorer import PendingScores
 from vllm_semantic.engine.worker import ScoredAsyncOutput
 from vllm_semantic.messages import ScoreRequest, scores_of
+from vllm_semantic.policies import SemanticPolicy
 
 
 class SlowOutput(AsyncModelRunnerOutput):
@@ -23,7 +24,7 @@ class SlowOutput(AsyncModelRunnerOutput):
 
 def test_collecting_waits_once_and_brings_the_scores() -> None:
     slow = SlowOutput()
-    asked = {0: {"a": ScoreRequest(64, [1, 2], [7, 8])}}
+    asked = {0: {"a": ScoreRequest(SemanticPolicy(), 64, [1, 2], [7, 8])}}
     pending = PendingScores(asked, {0: torch.tensor([0.5, 0.25])}, copy_stream=None)
     scored = ScoredAsyncOutput(slow, pending)
     assert isinstance(scored, AsyncModelRunnerOutput)

@@ -9,17 +9,15 @@ from typing import Any, ClassVar
 import pytest
 
 from vllm_semantic.config import (
-    CONFIG_KEY,
     MAX_TOKENS,
     capacity,
     check_block_size,
     describe,
     make_policy,
-    policy_from_config,
-    policy_to_config,
     resolve_policy_class,
 )
 from vllm_semantic.policies import FullPolicy, KVPolicy, SemanticPolicy, StreamingPolicy
+from vllm_semantic.served import CONFIG_KEY, ServedPolicies, flags_to_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +55,20 @@ OWN = f"{__name__}.OwnPolicy"
 )
 def test_accepted(name: str, options: dict[str, int] | None, policy: KVPolicy) -> None:
     assert make_policy(name, options) == policy
-    assert policy_from_config({"name": name, **(options or {})}) == policy
-    config = policy_to_config(name, options)
+    assert ServedPolicies.from_config({"name": name, **(options or {})}).default == policy
+    config = flags_to_config(name, options)
     assert config == {"name": name, **(options or {})}
-    assert policy_from_config(config) == policy
+    assert ServedPolicies.from_config(config).default == policy
 
 
 def test_just_a_name_is_enough() -> None:
-    assert policy_from_config("streaming") == StreamingPolicy()
-    assert policy_from_config(OWN) == OwnPolicy()
+    assert ServedPolicies.from_config("streaming").default == StreamingPolicy()
+    assert ServedPolicies.from_config(OWN).default == OwnPolicy()
 
 
 @pytest.mark.parametrize("options", [None, {}])
 def test_no_policy_is_no_config(options: dict[str, int] | None) -> None:
-    assert policy_to_config(None, options) is None
+    assert flags_to_config(None, options) is None
 
 
 # -- what is refused -------------------------------------------------------------------
@@ -139,13 +137,13 @@ def test_options_of_another_policy() -> None:
 @pytest.mark.parametrize("options", [[64], "sink_tokens", 64])
 def test_options_that_are_no_object(options: Any) -> None:
     with refused("--kv-policy-config", repr(options), "JSON object"):
-        make_policy("semantic", options)
+        flags_to_config("semantic", options)
 
 
 def test_options_without_a_policy() -> None:
     options = {"semantic_tokens": 64}
     with refused("--kv-policy-config", options, "needs --kv-policy", "allowed: full, streaming"):
-        policy_to_config(None, options)
+        flags_to_config(None, options)
 
 
 @pytest.mark.parametrize("name", ["streaming", "semantic", OWN])
@@ -156,20 +154,20 @@ def test_no_recent_tokens(name: str) -> None:
 
 def test_flags_are_validated_before_they_travel() -> None:
     with refused("--kv-policy-config.sink_tokens -1"):
-        policy_to_config("semantic", {"sink_tokens": -1})
+        flags_to_config("semantic", {"sink_tokens": -1})
 
 
 @pytest.mark.parametrize("config", [None, 3, [], {}, {"semantic_tokens": 64}, {"Name": "full"}])
 def test_additional_config_of_another_form(config: object) -> None:
     with refused(f"additional_config['{CONFIG_KEY}']", repr(config), '"name": "semantic"'):
-        policy_from_config(config)
+        ServedPolicies.from_config(config)
 
 
 def test_additional_config_is_validated_too() -> None:
     with refused("--kv-policy-config.semantic_tokens -5"):
-        policy_from_config({"name": "semantic", "semantic_tokens": -5})
+        ServedPolicies.from_config({"name": "semantic", "semantic_tokens": -5})
     with refused("--kv-policy", "'lru'"):
-        policy_from_config("lru")
+        ServedPolicies.from_config("lru")
 
 
 # -- block sizes -----------------------------------------------------------------------

@@ -14,6 +14,8 @@ PURE_PACKAGES = [
     "vllm_semantic",
     "vllm_semantic.config",
     "vllm_semantic.messages",
+    "vllm_semantic.served",
+    "vllm_semantic.frontend",
     "vllm_semantic.policies",
     "vllm_semantic.ops",
 ]
@@ -65,12 +67,12 @@ print(json.dumps(imported))
 
 def test_pure_packages_work_without_vllm(repo: Path) -> None:
     code = f"""{BLOCK_VLLM}
-from vllm_semantic.config import policy_from_config
+from vllm_semantic.served import ServedPolicies
 from vllm_semantic.messages import KVPolicyStep
 from vllm_semantic.ops.compaction import compacted
 from vllm_semantic.policies import BlockView
 import torch
-policy = policy_from_config({{"name": "semantic", "semantic_tokens": 96}})
+policy = ServedPolicies.from_config({{"name": "semantic", "semantic_tokens": 96}}).default
 keys = torch.ones(1, 2, 2, 16, 8)
 scores = policy.score(BlockView(torch.ones(1, 1, 4, 8), keys, keys, torch.arange(2), 32, 1.0))
 table, _ = compacted(torch.tensor([[3, 0, 2]]), torch.tensor([40]), 16, 40, 1)

@@ -16,10 +16,11 @@ from vllm_semantic.messages import (
     scores_of,
     step_of,
 )
+from vllm_semantic.policies import SemanticPolicy
 
 STEP = KVPolicyStep(
     evictions={0: {"a": [2, 5], "b": [1]}, 1: {"a": [3]}},
-    score_requests={0: {"c": ScoreRequest(64, [4, 7], [40, 70])}},
+    score_requests={0: {"c": ScoreRequest(SemanticPolicy(), 64, [4, 7], [40, 70])}},
 )
 SCORES = {0: {"c": [0.25, -1.0]}, 1: {}}
 PROTOCOLS = range(2, pickle.HIGHEST_PROTOCOL + 1)

@@ -25,8 +25,9 @@ def test_the_last_queries_of_each_request_are_kept(
     assert windows.spare_row not in kept
     for i, (new, _) in enumerate(batch):
         end = int(ends[i])
-        shown = windows.window(names[i], end)
+        shown = windows.window(names[i], end, num_queries)
         assert len(shown) == min(num_queries, end)
+        assert windows.window(names[i], end, 1).tolist() == shown[-1:].tolist()
         assert shown[-1] == windows.newest_row(names[i], end)
         in_step = min(new, num_queries)
         expected = list(range(int(starts[i + 1]) - in_step, int(starts[i + 1])))

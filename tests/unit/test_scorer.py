@@ -57,14 +57,17 @@ def test_each_block_meets_its_own_requests_query(kernel_blocks: int) -> None:
     }
     size = BLOCK_SIZE * kernel_blocks
     asked = {
-        0: {"b": ScoreRequest(5 * size, [1, 4], [3, 8]), "a": ScoreRequest(4 * size, [2], [3])},
+        0: {
+            "b": ScoreRequest(STUDY, 5 * size, [1, 4], [3, 8]),
+            "a": ScoreRequest(STUDY, 4 * size, [2], [3]),
+        },
         2: {
-            "c": ScoreRequest(10 * size + 1, [7, 8, 9], [1, 9, 0, 2]),  # one is being filled
-            "b": ScoreRequest(5 * size, [1], [5]),
+            "c": ScoreRequest(STUDY, 10 * size + 1, [7, 8, 9], [1, 9, 0, 2]),  # one is being filled
+            "b": ScoreRequest(STUDY, 5 * size, [1], [5]),
         },
     }
     rings = windows()
-    scores = BlockScorer(STUDY, groups, rings)(asked).collect()
+    scores = BlockScorer(groups, rings)(asked).collect()
     assert {group: list(answers) for group, answers in scores.items()} == {
         group: list(requests) for group, requests in asked.items()
     }
@@ -85,12 +88,14 @@ def test_a_view_shows_the_window_in_order_and_what_is_being_filled() -> None:
     seen: list[BlockView] = []
 
     class Looking(SemanticPolicy):
+        num_queries = WINDOW
+
         def score(self, view: BlockView) -> torch.Tensor:
             seen.append(view)
             return view.full.values.mean((2, 3, 4))
 
-    asked = {0: {"b": ScoreRequest(18, [0, 3], [7, 4, 11])}}
-    scores = BlockScorer(Looking(), {0: stack}, windows())(asked).collect()
+    asked = {0: {"b": ScoreRequest(Looking(), 18, [0, 3], [7, 4, 11])}}
+    scores = BlockScorer({0: stack}, windows())(asked).collect()
     assert [view.num_full_blocks for view in seen] == [2, 2]
     means = []
     for view, layers in zip(seen, stack, strict=True):
@@ -108,18 +113,18 @@ def test_a_view_shows_the_window_in_order_and_what_is_being_filled() -> None:
 def test_many_blocks_are_gathered_a_few_layers_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(2)
     stack = [random_layers(5)]
-    asked = {0: {"a": ScoreRequest(20, [0, 1, 4], [2, 3, 4])}}
-    expected = BlockScorer(TOVAPolicy(), {0: stack}, windows())(asked).collect()
+    asked = {0: {"a": ScoreRequest(TOVAPolicy(), 20, [0, 1, 4], [2, 3, 4])}}
+    expected = BlockScorer({0: stack}, windows())(asked).collect()
     monkeypatch.setattr(scorer, "MAX_GATHERED", 2 * 3 * BLOCK_SIZE * 2 * HEAD_SIZE)
-    parts = list(BlockScorer(TOVAPolicy(), {0: stack}, windows())._parts(stack[0], 3))
+    parts = list(BlockScorer({0: stack}, windows())._parts(stack[0], 3))
     assert [len(part.queries) for part in parts] == [2, 2, 1]
-    assert BlockScorer(TOVAPolicy(), {0: stack}, windows())(asked).collect() == expected
+    assert BlockScorer({0: stack}, windows())(asked).collect() == expected
 
 
 def test_ranks_are_averaged_before_the_scores_travel() -> None:
     """As if a second rank held the same heads with the opposite direction."""
-    opposite = BlockScorer(STUDY, {0: [random_layers(1)]}, windows(), lambda scores: scores * 0)
-    assert opposite({0: {"a": ScoreRequest(8, [1], [1])}}).collect() == {0: {"a": [0.0]}}
+    opposite = BlockScorer({0: [random_layers(1)]}, windows(), lambda scores: scores * 0)
+    assert opposite({0: {"a": ScoreRequest(STUDY, 8, [1], [1])}}).collect() == {0: {"a": [0.0]}}
 
 
 def test_a_policy_with_a_score_of_its_own_is_asked_for_it() -> None:
@@ -129,8 +134,8 @@ def test_a_policy_with_a_score_of_its_own_is_asked_for_it() -> None:
         def score(self, view: BlockView) -> torch.Tensor:
             return torch.full(view.full.keys.shape[:2], 2.5)
 
-    asked = {0: {"a": ScoreRequest(12, [1, 2], [1, 5])}}
-    constant = BlockScorer(Constant(), {0: [random_layers(3)]}, windows())
+    asked = {0: {"a": ScoreRequest(Constant(), 12, [1, 2], [1, 5])}}
+    constant = BlockScorer({0: [random_layers(3)]}, windows())
     assert constant(asked).collect() == {0: {"a": [2.5, 2.5]}}
 
 

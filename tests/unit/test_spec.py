@@ -30,6 +30,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm_semantic.engine.manager import SemanticManager
 from vllm_semantic.engine.spec import SemanticSpec, semantic_spec
 from vllm_semantic.policies import FullPolicy, KVPolicy, SemanticPolicy, StreamingPolicy
+from vllm_semantic.served import ServedPolicies
 
 SHAPE = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
 FULL_ATTENTION = FullAttentionSpec(**SHAPE)
@@ -50,7 +51,7 @@ def sizes(max_model_len: int = 8192, max_num_batched_tokens: int = 512, batches:
 
 
 def under(policy: KVPolicy, spec: KVCacheSpec = FULL_ATTENTION, **kwargs: int) -> KVCacheSpec:
-    return semantic_spec(spec, policy, sizes(**kwargs))
+    return semantic_spec(spec, ServedPolicies(policy.name, policy), sizes(**kwargs))
 
 
 # -- which layers ----------------------------------------------------------------------
@@ -90,7 +91,7 @@ def test_any_other_layer_is_left_alone(spec: KVCacheSpec) -> None:
 def test_the_documented_bound() -> None:
     """Default policy, 32-token blocks: 1 + 2 + 6, a step of 512 tokens, the block in work."""
     spec = under(SemanticPolicy())
-    assert spec.budget.total == 9
+    assert spec.policy.budget(32).total == 9
     assert spec.max_admission_blocks == 9 + 16 + 1
     assert under(SemanticPolicy(), batches=2).max_admission_blocks == 9 + 32 + 1
     assert under(StreamingPolicy(), max_num_batched_tokens=500).max_admission_blocks == 9 + 16 + 1

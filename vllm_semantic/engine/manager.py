@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from ..config import check_block_size
-from ..messages import BlockIndices, ScoreRequest
+from ..messages import BlockIndices, ScoreRequest, policy_of
+from ..policies import KVPolicy
 from ..policies.selection import blocks_to_evict, eviction_point_from, is_eviction_point
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class RequestBlocks:
 
 @dataclass
 class EvictionStats:
-    """Counters of one manager since the start of the engine."""
+    """Counters of one manager and policy since the start of the engine."""
 
     evicted_blocks: int = 0
     scored_blocks: int = 0
@@ -54,7 +56,7 @@ class EvictionStats:
 
 
 class SemanticManager(FullAttentionManager):
-    """Keeps each request within its policy's budget of blocks.
+    """Keeps each request within the budget of blocks of its policy.
 
     Evicted blocks become null blocks in ``req_to_blocks`` and return to the pool at once;
     ``RSWAManager`` (vllm/v1/core/single_type_kv_cache_manager.py) is the precedent for
@@ -64,20 +66,23 @@ class SemanticManager(FullAttentionManager):
 
     def __init__(self, kv_cache_spec: SemanticSpec, **kwargs: Any) -> None:
         check_block_size(kv_cache_spec.policy, kv_cache_spec.block_size)
-        # vLLM passes the cap to its own spec types only.
-        kwargs["max_admission_blocks_per_request"] = kv_cache_spec.max_admission_blocks
         super().__init__(kv_cache_spec, **kwargs)
-        self.policy = kv_cache_spec.policy
-        self.budget = kv_cache_spec.budget
+        self.default_policy = kv_cache_spec.policy
         self.prefill_interval = kv_cache_spec.prefill_interval
         self.eviction_delay = kv_cache_spec.eviction_delay
         # Every eviction point but a prompt's end is a multiple of this.
         self._point_spacing = math.gcd(self.block_size, self.prefill_interval)
-        self.stats = EvictionStats()
+        self.stats_by_policy: defaultdict[str, EvictionStats] = defaultdict(EvictionStats)
         self.requests: Mapping[str, Request] = {}
         """The scheduler's live requests by id. Written by the scheduler."""
         self._requests: dict[str, RequestBlocks] = {}
         self._evictions: dict[str, BlockIndices] = {}
+
+    @property
+    def stats(self) -> EvictionStats:
+        """The counters of all policies together."""
+        each = [astuple(stats) for stats in self.stats_by_policy.values()]
+        return EvictionStats(*map(sum, zip(*each, strict=True)))
 
     # -- what the scheduler asks ------------------------------------------------------
 
@@ -92,7 +97,7 @@ class SemanticManager(FullAttentionManager):
         Returns:
             At most ``num_new`` tokens.
         """
-        if not self.policy.bounded:
+        if not policy_of(request, self.default_policy).bounded:
             return num_new
         num_prompt = request.num_prompt_tokens
         if self.eviction_delay and self._over_budget_at(
@@ -108,10 +113,11 @@ class SemanticManager(FullAttentionManager):
 
         Without this limit a request would evict other blocks when its prefix was cached.
         """
-        if not self.policy.bounded:
+        policy = policy_of(request, self.default_policy)
+        if not policy.bounded:
             return None
         point = self._next_over_budget_point(request.request_id, 0, request.num_prompt_tokens)
-        return max(0, point - self.policy.num_queries) // self.block_size * self.block_size
+        return max(0, point - policy.num_queries) // self.block_size * self.block_size
 
     def keeps_queries(self, request: Request, num_computed: int, num_new: int) -> bool:
         """Whether a chunk holds a query that the request's next eviction will look at.
@@ -121,10 +127,13 @@ class SemanticManager(FullAttentionManager):
             num_computed: tokens computed before the chunk.
             num_new: tokens of the chunk.
         """
+        policy = policy_of(request, self.default_policy)
+        if not (policy.bounded and policy.scores_blocks):
+            return False
         point = self._next_over_budget_point(
             request.request_id, num_computed, request.num_prompt_tokens
         )
-        return num_computed + num_new > point - self.policy.num_queries
+        return num_computed + num_new > point - policy.num_queries
 
     def score_request(self, request: Request, num_computed: int) -> ScoreRequest | None:
         """Ask for scores if the step just scheduled ends where blocks have to go.
@@ -133,8 +142,10 @@ class SemanticManager(FullAttentionManager):
             request: a request of the step.
             num_computed: tokens computed once the step has run.
         """
-        request_id = request.request_id
-        if not self._over_budget_at(request_id, num_computed, request.num_prompt_tokens):
+        request_id, policy = request.request_id, policy_of(request, self.default_policy)
+        if not policy.scores_blocks or not self._over_budget_at(
+            request_id, num_computed, request.num_prompt_tokens
+        ):
             return None
         state = self._requests.get(request_id, RequestBlocks())
         kept = state.kept_at(num_computed // self.block_size)
@@ -142,8 +153,8 @@ class SemanticManager(FullAttentionManager):
         held = list(kept)
         if num_computed % self.block_size:
             held.append(num_computed // self.block_size)
-        self.stats.scored_blocks += len(kept)
-        return ScoreRequest(num_computed, kept, [blocks[i].block_id for i in held])
+        self.stats_by_policy[policy.name].scored_blocks += len(kept)
+        return ScoreRequest(policy, num_computed, kept, [blocks[i].block_id for i in held])
 
     def record_scores(self, request_id: str, asked: ScoreRequest, scores: Sequence[float]) -> None:
         """Keep scores for the eviction they were asked for; the request must still hold blocks."""
@@ -162,6 +173,20 @@ class SemanticManager(FullAttentionManager):
         return sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
 
     # -- vLLM's own hooks -------------------------------------------------------------
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
+    ) -> int:
+        """Count blocks; an admission asks for no more than the request's policy lets it hold.
+
+        vLLM's method takes the cap from an attribute, one for all requests.
+        """
+        if apply_admission_cap:
+            cap = self.kv_cache_spec.admission_blocks(self.policy_of(request_id))
+            self.max_admission_blocks_per_request = cap
+        return super().get_num_blocks_to_allocate(
+            request_id, *args, apply_admission_cap=apply_admission_cap, **kwargs
+        )
 
     def remove_skipped_blocks(
         self,
@@ -190,23 +215,25 @@ class SemanticManager(FullAttentionManager):
         state = self._requests.setdefault(request_id, RequestBlocks())
         num_full_blocks = point // self.block_size
         kept = state.kept_at(num_full_blocks)
-        candidates = self.budget.candidates(kept)
-        if self.policy.scores_blocks:
+        policy = self.policy_of(request_id)
+        budget = policy.budget(self.block_size)
+        candidates = budget.candidates(kept)
+        if policy.scores_blocks:
             found = state.scores.pop(point, {})
             if not all(i in found for i in candidates):
                 return  # no scores came for this point: stay over budget until the next
-            if decay := self.policy.decay:
+            if decay := policy.decay:
                 past = state.past_scores
                 found = {i: score + decay * past.get(i, 0.0) for i, score in found.items()}
                 state.past_scores = found
             scores: Sequence[float] = [found[i] for i in candidates]
         else:
-            scores = self.policy.rank(candidates, point, self._extra_args(request_id))
-        evicted = blocks_to_evict(kept, self.budget, scores)
+            scores = policy.rank(candidates, point, self._extra_args(request_id))
+        evicted = blocks_to_evict(kept, budget, scores)
         self._evict(request_id, evicted)
         if state.num_exact_tokens is None:
             state.num_exact_tokens = start
-            self.stats.evicting_requests += 1
+            self.stats_by_policy[policy.name].evicting_requests += 1
         gone = set(evicted)
         state.kept = [i for i in kept if i not in gone]
         state.num_seen = num_full_blocks
@@ -234,6 +261,10 @@ class SemanticManager(FullAttentionManager):
         self._evictions.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
+    def policy_of(self, request_id: str) -> KVPolicy:
+        """The policy of a request, by its id."""
+        return policy_of(self.requests.get(request_id), self.default_policy)
+
     # -- helpers ----------------------------------------------------------------------
 
     def _over_budget_at(self, request_id: str, num_tokens: int, num_prompt_tokens: int) -> bool:
@@ -243,19 +274,21 @@ class SemanticManager(FullAttentionManager):
         """
         if num_tokens % self._point_spacing and num_tokens != num_prompt_tokens:
             return False
+        policy = self.policy_of(request_id)
         return (
-            self.policy.bounded
+            policy.bounded
             and is_eviction_point(
                 num_tokens, num_prompt_tokens, self.block_size, self.prefill_interval
             )
-            and self._num_kept_at(request_id, num_tokens) > self.budget.total
+            and self._num_kept_at(request_id, num_tokens) > policy.budget(self.block_size).total
         )
 
     def _next_over_budget_point(
         self, request_id: str, num_tokens: int, num_prompt_tokens: int
     ) -> int:
         """The first eviction point after ``num_tokens`` at which blocks have to go."""
-        num_over_budget = self.budget.total + 1 - self._num_kept_at(request_id, 0)
+        budget = self.policy_of(request_id).budget(self.block_size)
+        num_over_budget = budget.total + 1 - self._num_kept_at(request_id, 0)
         first = max(num_tokens + 1, num_over_budget * self.block_size)
         return eviction_point_from(first, num_prompt_tokens, self.block_size, self.prefill_interval)
 
@@ -278,4 +311,5 @@ class SemanticManager(FullAttentionManager):
         # The newest first, as vLLM frees a request: the oldest stay shareable longest.
         self.block_pool.free_blocks(reversed(freed))
         self._evictions.setdefault(request_id, []).extend(block_indices)
-        self.stats.evicted_blocks += len(block_indices)
+        stats = self.stats_by_policy[self.policy_of(request_id).name]
+        stats.evicted_blocks += len(block_indices)

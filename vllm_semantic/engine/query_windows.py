@@ -65,9 +65,9 @@ class QueryWindows:
         """The row of the query of token ``num_tokens - 1``."""
         return int(self._rows(request_id, num_tokens, 1)[0])
 
-    def window(self, request_id: str, num_tokens: int) -> np.ndarray:
+    def window(self, request_id: str, num_tokens: int, num_queries: int) -> np.ndarray:
         """The rows of the last queries before ``num_tokens``, the newest last."""
-        return self._rows(request_id, num_tokens, min(self.num_queries, num_tokens))
+        return self._rows(request_id, num_tokens, min(num_queries, num_tokens))
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Give up the rings of requests that are gone or were preempted."""

@@ -10,7 +10,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from ..config import capacity, describe
-from ..messages import KVPolicyStep, attach_step, scores_of, step_of
+from ..messages import KVPolicyStep, attach_policy, attach_step, scores_of, step_of
+from ..policies import KVPolicy
+from ..served import REQUEST_KEY
 from .manager import SemanticManager
 from .spec import SemanticSpec
 
@@ -39,10 +41,19 @@ class KVPolicyMixin(Scheduler):
                 "--kv-policy: this model has no full-attention layer to put under a policy "
                 f"(its KV cache groups: {self._group_kinds()})"
             )
+        spec = next(iter(self.kv_policy_managers.values())).kv_cache_spec
+        assert isinstance(spec, SemanticSpec)
+        self.served_policies, self._policy_block_size = spec.served, spec.block_size
         self.peak_kv_blocks = 0
         for manager in self.kv_policy_managers.values():
             manager.requests = self.requests
             self._log_policy(manager)
+
+    def add_request(self, request: Request) -> None:
+        """Take a request in, under the policy it asked for."""
+        if request.request_id not in self.requests:
+            attach_policy(request, self._choose_policy(request))
+        super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step; tell the workers what was evicted and what to score."""
@@ -51,7 +62,7 @@ class KVPolicyMixin(Scheduler):
         for group_id, manager in self.kv_policy_managers.items():
             if evictions := manager.take_evictions():
                 step.evictions[group_id] = evictions
-            if manager.policy.bounded and manager.policy.scores_blocks:
+            if self.served_policies.rules:
                 self._ask_for_scores(step, group_id, output)
         if step.evictions or step.keeps_queries:
             attach_step(output, step)
@@ -76,6 +87,20 @@ class KVPolicyMixin(Scheduler):
                             request_id, asked[request_id], scores
                         )
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _choose_policy(self, request: Request) -> KVPolicy:
+        params = request.sampling_params
+        asked = ((params and params.extra_args) or {}).get(REQUEST_KEY)
+        if asked is None:
+            return self.served_policies.default
+        try:
+            return self.served_policies.choose(
+                asked, self._policy_block_size, request.num_prompt_tokens, request.max_tokens
+            )
+        except ValueError as error:
+            # Refused by now, if the request came through vLLM's InputProcessor.
+            logger.error("Request %s runs under the default policy: %s", request.request_id, error)
+            return self.served_policies.default
 
     def _ask_for_scores(self, step: KVPolicyStep, group_id: int, output: SchedulerOutput) -> None:
         """What the workers have to score after the step, and whether to keep its queries."""
@@ -131,7 +156,7 @@ class KVPolicyMixin(Scheduler):
         held_blocks, shared_blocks = full_blocks, 0
         if spec.policy.bounded:
             # A step's tokens are shared by all requests; each also fills one block.
-            held_blocks = min(full_blocks, spec.budget.total + 1)
+            held_blocks = min(full_blocks, spec.policy.budget(spec.block_size).total + 1)
             shared_blocks = cdiv(spec.max_in_flight_tokens, spec.block_size)
         logger.info(
             "KV policy %s: %d blocks hold %d requests of %d tokens; the full cache would hold %d",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -74,7 +75,6 @@ class BlockScorer:
     """Answers score requests after a forward pass, without waiting for the device.
 
     Args:
-        policy: says what a block is worth.
         groups: the layers of each KV cache group under the policy.
         windows: which rows hold a request's newest queries.
         mean_over_ranks: means of a tensor over the tensor-parallel ranks.
@@ -82,12 +82,10 @@ class BlockScorer:
 
     def __init__(
         self,
-        policy: KVPolicy,
         groups: Mapping[int, Sequence[ScoredLayers]],
         windows: QueryWindows,
         mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda scores: scores,
     ) -> None:
-        self.policy = policy
         self.groups = groups
         self.windows = windows
         self.mean_over_ranks = mean_over_ranks
@@ -106,6 +104,8 @@ class BlockScorer:
         Returns:
             One score per full block asked for, in order.
         """
+        # Requests under one policy are scored together, and answered in that order.
+        asked = {group_id: _by_policy(requests) for group_id, requests in asked.items()}
         means = {
             group_id: self._score_group(self.groups[group_id], requests)
             for group_id, requests in asked.items()
@@ -115,22 +115,26 @@ class BlockScorer:
     def _score_group(
         self, group: Sequence[ScoredLayers], asked: Mapping[str, ScoreRequest]
     ) -> torch.Tensor:
-        scores = self._score_cached(group, asked)
-        if scores is None:
-            of_requests = [self._score_request(group, *item) for item in asked.items()]
-            scores = torch.cat(of_requests, dim=1)
-        return self.mean_over_ranks(scores.mean(0))
+        scores = []
+        for policy, items in groupby(asked.items(), key=lambda item: item[1].policy):
+            requests = dict(items)
+            of_policy = self._score_cached(policy, group, requests)
+            if of_policy is None:
+                of_requests = [self._score_request(group, *item) for item in requests.items()]
+                of_policy = torch.cat(of_requests, dim=1)
+            scores.append(of_policy.mean(0))
+        return self.mean_over_ranks(torch.cat(scores))
 
     def _score_cached(
-        self, group: Sequence[ScoredLayers], asked: Mapping[str, ScoreRequest]
+        self, policy: KVPolicy, group: Sequence[ScoredLayers], asked: Mapping[str, ScoreRequest]
     ) -> torch.Tensor | None:
         """All requests by the policy's kernel, ``[num_layers, num_blocks]``, if it has one."""
-        if type(self.policy).score_cached is KVPolicy.score_cached:
+        if type(policy).score_cached is KVPolicy.score_cached:
             return None
         places: list[list[int]] = [[], [], []]
         windows, full = [], []
         for i, (request_id, request) in enumerate(asked.items()):
-            window = self.windows.window(request_id, request.num_tokens).tolist()
+            window = self._window(request_id, request)
             windows.append([*window, request.num_tokens])
             first, num_full = len(places[0]), len(request.block_indices)
             full += range(first, first + num_full)
@@ -157,7 +161,7 @@ class BlockScorer:
                 indices * size,
                 layers.scale,
             )
-            of_layers = self.policy.score_cached(cached)
+            of_layers = policy.score_cached(cached)
             if of_layers is None:
                 return None
             scores.append(of_layers)
@@ -168,13 +172,12 @@ class BlockScorer:
     def _score_request(
         self, group: Sequence[ScoredLayers], request_id: str, request: ScoreRequest
     ) -> torch.Tensor:
-        """One request by the policy's score, ``[num_layers, num_full_blocks]``."""
+        """One request by its policy's score, ``[num_layers, num_full_blocks]``."""
         device = group[0].queries.device
         block_indices, block_ids = async_tensor_h2d(
             [request.held_indices, request.block_ids], device, torch.int64
         )
-        window = self.windows.window(request_id, request.num_tokens).tolist()
-        rows = async_tensor_h2d(window, device, torch.int64)
+        rows = async_tensor_h2d(self._window(request_id, request), device, torch.int64)
         scores = []
         for layers in group:
             for part in self._parts(layers, len(block_ids)):
@@ -186,8 +189,13 @@ class BlockScorer:
                     request.num_tokens,
                     layers.scale,
                 )
-                scores.append(self.policy.score(view))
+                scores.append(request.policy.score(view))
         return torch.cat(scores)
+
+    def _window(self, request_id: str, request: ScoreRequest) -> list[int]:
+        """The rows of the queries that the request's policy looks at."""
+        num_queries = request.policy.num_queries
+        return self.windows.window(request_id, request.num_tokens, num_queries).tolist()
 
     def _parts(self, layers: ScoredLayers, num_blocks: int) -> Iterator[ScoredLayers]:
         """As many layers at once as :data:`MAX_GATHERED` allows."""
@@ -198,3 +206,9 @@ class BlockScorer:
             part = slice(first, first + step)
             cache = replace(layers.cache, kv_cache=kv_cache[part])
             yield replace(layers, cache=cache, queries=layers.queries[part])
+
+
+def _by_policy(asked: Mapping[str, ScoreRequest]) -> dict[str, ScoreRequest]:
+    """The same requests, those under one policy behind each other; on every rank alike."""
+    order = {policy: i for i, policy in enumerate(dict.fromkeys(r.policy for r in asked.values()))}
+    return dict(sorted(asked.items(), key=lambda item: order[item[1].policy]))

@@ -10,7 +10,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_a
 
 from ..config import POLICY_FLAG
 from ..hooks import register_spec
-from ..policies import BlockBudget, KVPolicy
+from ..policies import KVPolicy
+from ..served import ServedPolicies
 from .manager import SemanticManager
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class SemanticSpec(FullAttentionSpec):
     unchanged, only sizing and the manager differ.
     """
 
-    policy: KVPolicy = None  # type: ignore[assignment]
+    served: ServedPolicies = None  # type: ignore[assignment]
     """Always set; a default only because a dataclass's bases have some."""
 
     prefill_interval: int = 0
@@ -40,20 +41,27 @@ class SemanticSpec(FullAttentionSpec):
     next step is scheduled before the scores of the last have come (async scheduling)."""
 
     @property
-    def budget(self) -> BlockBudget:
-        """The policy's budget in blocks of this spec."""
-        return self.policy.budget(self.block_size)
+    def policy(self) -> KVPolicy:
+        """What a request is under that asked for nothing else."""
+        return self.served.default
 
     @property
     def max_admission_blocks(self) -> int | None:
-        """The most blocks one request ever holds; ``None`` if it is not bounded.
+        """The most blocks that any request ever holds; ``None`` if that is not bounded."""
+        return self._admission_blocks(self.served.max_budget_blocks(self.block_size))
 
-        The budget, the tokens since the last eviction point or in flight, and the block
-        that is being filled.
-        """
-        if not self.policy.bounded:
+    def admission_blocks(self, policy: KVPolicy) -> int | None:
+        """The most blocks that a request under ``policy`` ever holds."""
+        return self._admission_blocks(
+            policy.budget(self.block_size).total if policy.bounded else None
+        )
+
+    def _admission_blocks(self, budget_blocks: int | None) -> int | None:
+        """The budget, the tokens since the last eviction point or in flight, and the block that
+        is being filled."""
+        if budget_blocks is None:
             return None
-        return self.budget.total + cdiv(self.max_in_flight_tokens, self.block_size) + 1
+        return budget_blocks + cdiv(self.max_in_flight_tokens, self.block_size) + 1
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes that one request of ``max_model_len`` tokens needs of one layer."""
@@ -64,7 +72,7 @@ class SemanticSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """Merge the specs of one group; its layers share one policy.
+        """Merge the specs of one group; its layers share their policies.
 
         Raises:
             ValueError: a layer with a window of its own is in the group, and would lose blocks
@@ -80,14 +88,16 @@ class SemanticSpec(FullAttentionSpec):
             )
         return replace(
             merged,
-            policy=first.policy,
+            served=first.served,
             prefill_interval=first.prefill_interval,
             max_in_flight_tokens=first.max_in_flight_tokens,
             eviction_delay=first.eviction_delay,
         )
 
 
-def semantic_spec(spec: KVCacheSpec, policy: KVPolicy, vllm_config: VllmConfig) -> KVCacheSpec:
+def semantic_spec(
+    spec: KVCacheSpec, served: ServedPolicies, vllm_config: VllmConfig
+) -> KVCacheSpec:
     """Put a full-attention layer under a policy; any other layer stays as it is.
 
     A layer with a window of its own already forgets, also where vLLM manages it as full
@@ -98,7 +108,7 @@ def semantic_spec(spec: KVCacheSpec, policy: KVPolicy, vllm_config: VllmConfig) 
     return replace_as(
         spec,
         SemanticSpec,
-        policy=policy,
+        served=served,
         prefill_interval=vllm_config.scheduler_config.max_num_batched_tokens,
         max_in_flight_tokens=vllm_config.max_in_flight_tokens,
         eviction_delay=int(vllm_config.scheduler_config.async_scheduling or 0),

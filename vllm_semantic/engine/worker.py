@@ -17,9 +17,9 @@ from vllm.utils.gpu_sync_debug import with_gpu_sync_check
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
-from ..config import CONFIG_KEY, policy_from_config
 from ..hooks import wrapped_attention_backends
 from ..messages import KVPolicyStep, ScoreRequest, attach_scores, step_of
+from ..served import CONFIG_KEY, ServedPolicies
 from .backend import CapturingImpl, CompactingBuilder, StepBuffers
 from .cached_kv import CachedKV, Places, stack_layers
 from .query_windows import QueryWindows
@@ -66,7 +66,9 @@ class KVPolicyWorkerMixin(Worker):
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the model with wrapped attention backends; vLLM chooses which."""
-        self.kv_policy = policy_from_config(self.vllm_config.additional_config[CONFIG_KEY])
+        self.served_policies = ServedPolicies.from_config(
+            self.vllm_config.additional_config[CONFIG_KEY]
+        )
         self.runner_access = access(self.model_runner)
         with wrapped_attention_backends():
             super().load_model(**kwargs)
@@ -75,7 +77,7 @@ class KVPolicyWorkerMixin(Worker):
         """Put the full-attention layers under the policy."""
         specs = super().get_kv_cache_spec()
         return {
-            name: semantic_spec(spec, self.kv_policy, self.vllm_config)
+            name: semantic_spec(spec, self.served_policies, self.vllm_config)
             for name, spec in specs.items()
         }
 
@@ -90,9 +92,10 @@ class KVPolicyWorkerMixin(Worker):
         self._groups: dict[int, PolicyGroup] = {}
         self._scores: PendingScores | None = None
         self._in_step = False
-        self._windows = QueryWindows(self.kv_policy.num_queries, self.scheduler_config.max_num_seqs)
+        self._windows = QueryWindows(
+            self.served_policies.num_queries, self.scheduler_config.max_num_seqs
+        )
         self._block_scorer = BlockScorer(
-            self.kv_policy,
             {
                 group_id: self._connect(group_id, attn_groups)
                 for group_id, attn_groups in enumerate(self.model_runner.attn_groups)
@@ -107,7 +110,7 @@ class KVPolicyWorkerMixin(Worker):
         }
         logger.info_once(
             "KV policy %s: model runner %s, attention backend %s",
-            self.kv_policy.name,
+            self.served_policies.default.name,
             self.runner_access.name,
             ", ".join(sorted(backends)),
         )
@@ -115,8 +118,8 @@ class KVPolicyWorkerMixin(Worker):
     def compile_or_warm_up_model(self) -> Any:
         """Compile the policy's kernels too, before a request needs them."""
         for group_id, group in self._groups.items():
-            if self.kv_policy.scores_blocks:
-                asked = {group_id: {"": ScoreRequest(group.block_size, [0], [0])}}
+            for policy in self.served_policies.rules:
+                asked = {group_id: {"": ScoreRequest(policy, group.block_size, [0], [0])}}
                 self._block_scorer(asked).collect()
                 self._windows.forget([""])
         for builder in self._builders:
@@ -225,12 +228,12 @@ class KVPolicyWorkerMixin(Worker):
             for builder in attn_group.metadata_builders:
                 if not isinstance(builder, CompactingBuilder):
                     raise RuntimeError(f"--kv-policy: {type(builder).__name__} is not wrapped")
-                if self.kv_policy.bounded:
+                if self.served_policies.bounded:
                     builder.buffers = self._step_buffers(spec, kernel_blocks)
                     builder.evicted_tokens = partial(self._evicted_tokens, group)
                     builder.query_rows = self._query_rows
                     self._builders.append(builder)
-            if self.kv_policy.scores_blocks:
+            if self.served_policies.rules:
                 for _, alike in groupby(
                     layers, key=lambda layer: (layer.num_heads, layer.impl.scale)
                 ):
@@ -246,7 +249,7 @@ class KVPolicyWorkerMixin(Worker):
             self.scheduler_config.max_num_seqs,
             num_blocks * kernel_blocks,
             num_null_ids=kernel_blocks,
-            windows=self._windows if self.kv_policy.scores_blocks else None,
+            windows=self._windows if self.served_policies.rules else None,
             device=self.model_runner.device,
         )
 

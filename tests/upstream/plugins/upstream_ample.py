@@ -24,16 +24,17 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_semantic import register
-from vllm_semantic.config import CONFIG_KEY
 from vllm_semantic.engine.manager import SemanticManager
 from vllm_semantic.engine.scheduler import AsyncSemanticScheduler, KVPolicyMixin, SemanticScheduler
 from vllm_semantic.engine.spec import SemanticSpec, semantic_spec
 from vllm_semantic.policies import SemanticPolicy
+from vllm_semantic.served import CONFIG_KEY, ServedPolicies
 
 AMPLE = 1 << 20
 """Tokens of each part of the budget; also larger than any test's block."""
 
 POLICY = SemanticPolicy(sink_tokens=AMPLE, recent_tokens=AMPLE, semantic_tokens=AMPLE)
+SERVED = ServedPolicies(POLICY.name, POLICY)
 
 CONFIG = SimpleNamespace(
     scheduler_config=SimpleNamespace(max_num_batched_tokens=8192, async_scheduling=False),
@@ -49,7 +50,7 @@ built: Counter[str] = Counter()
 
 def _spec(*args: Any, **kwargs: Any) -> Any:
     """As the wrapped attention backends do it for each layer of a model."""
-    return semantic_spec(FullAttentionSpec(*args, **kwargs), POLICY, CONFIG)
+    return semantic_spec(FullAttentionSpec(*args, **kwargs), SERVED, CONFIG)
 
 
 def _scheduler(stock: type[Scheduler], ours: type[Scheduler], *args: Any, **kwargs: Any) -> Any:
@@ -110,8 +111,7 @@ def pytest_configure() -> None:
 def _under_policy(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(create_engine_config)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        parts = dict.fromkeys(POLICY.options(), AMPLE)
-        self.additional_config = {CONFIG_KEY: {"name": POLICY.name, **parts}}
+        self.additional_config = {CONFIG_KEY: {"name": POLICY.name, **POLICY.parts()}}
         return create_engine_config(self, *args, **kwargs)
 
     return wrapper

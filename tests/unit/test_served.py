@@ -1,0 +1,246 @@
+"""What a request may ask for: every refusal names the field and says what is allowed."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_semantic.frontend import asks_for_policy, checked, system_only, with_pinned
+from vllm_semantic.policies import FullPolicy, KVPolicy, SemanticPolicy, StreamingPolicy
+from vllm_semantic.policies.snapkv import SnapKVPolicy
+from vllm_semantic.served import REQUEST_KEY, ServedPolicies, request_options
+
+BLOCK_SIZE = 32
+SEMANTIC = ServedPolicies.from_config("semantic")
+GENEROUS = ServedPolicies.from_config({"name": "semantic", "max_request_tokens": 1024})
+FULL = ServedPolicies.from_config("full")
+
+
+def choose(
+    served: ServedPolicies, asked: object, num_prompt_tokens: int = 4000, max_tokens: int = 96
+) -> KVPolicy:
+    return served.choose(asked, BLOCK_SIZE, num_prompt_tokens, max_tokens)
+
+
+# -- what a request gets ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("served", "asked", "policy"),
+    [
+        (SEMANTIC, {}, SemanticPolicy()),
+        (SEMANTIC, "semantic", SemanticPolicy()),
+        (SEMANTIC, "streaming", StreamingPolicy()),
+        (SEMANTIC, {"similarity": "study"}, SemanticPolicy(similarity="study")),
+        (SEMANTIC, '{"semantic_tokens": 64}', SemanticPolicy(semantic_tokens=64)),
+        (SEMANTIC, {"pin_prompt_tokens": 32}, SemanticPolicy(sink_tokens=32)),
+        (SEMANTIC, {"pin_prompt_tokens": 5}, SemanticPolicy()),  # a sink is pinned anyway
+        (GENEROUS, {"semantic_tokens": 512}, SemanticPolicy(semantic_tokens=512)),
+        (
+            GENEROUS,
+            {"name": "streaming", "pin_prompt_tokens": 640},
+            StreamingPolicy(sink_tokens=640),
+        ),
+        (FULL, "full", FullPolicy()),
+        (FULL, {"pin_prompt_tokens": 640}, FullPolicy()),
+        (FULL, {"name": "semantic", "semantic_tokens": 8192}, SemanticPolicy(semantic_tokens=8192)),
+    ],
+)
+def test_a_request_gets_what_it_asks_for(
+    served: ServedPolicies, asked: object, policy: KVPolicy
+) -> None:
+    assert choose(served, asked) == policy
+
+
+def test_what_is_left_out_is_the_servers_own() -> None:
+    served = ServedPolicies.from_config({"name": "semantic", "semantic_tokens": 512})
+    assert choose(served, {"recent_tokens": 32}) == SemanticPolicy(
+        recent_tokens=32, semantic_tokens=512
+    )
+    assert choose(served, "streaming") == StreamingPolicy()
+
+
+def test_only_the_prompt_is_pinned() -> None:
+    assert choose(GENEROUS, {"pin_prompt_tokens": 9999}, 100).sink_tokens == 100
+
+
+def test_the_full_cache_of_a_short_request_is_within_any_budget() -> None:
+    assert choose(SEMANTIC, "full", 200, 88) == FullPolicy()
+    with pytest.raises(ValueError, match=r"keeps 10 blocks of 32 tokens; allowed: 9 blocks"):
+        choose(SEMANTIC, "full", 200, 89)
+
+
+@pytest.mark.parametrize("served", [SEMANTIC, GENEROUS, FULL])
+def test_what_was_chosen_is_chosen_again(served: ServedPolicies) -> None:
+    """The scheduler reads what the front end has written."""
+    study = {"name": "semantic", "similarity": "study"}
+    for asked in ({}, "streaming", {"pin_prompt_tokens": 32}, study):
+        policy = choose(served, asked)
+        assert choose(served, served.to_request(policy)) == policy
+
+
+# -- what it does not get --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (7, r"kv_policy 7 is neither a name nor of the form"),
+        (["semantic"], r"kv_policy \['semantic'\] is neither"),
+        ('{"name": ', r"kv_policy '\{\"name\": ' is not JSON"),
+        ("{" * 100_000, r"kv_policy '\{+\.\.\.\{+' is not JSON"),
+        ('{"a":' * 100_000, r"kv_policy .* is not JSON"),
+        ("smart", r"kv_policy.name 'smart' is not served; allowed: full, streaming, semantic"),
+        ({"name": ["full"]}, r"kv_policy.name \['full'\] is not served"),
+        ("os.path.Class", r"kv_policy.name 'os.path.Class' is not served"),
+        ("snapkv", r"kv_policy.name 'snapkv' is not served"),
+        ({"semantic_token": 64}, r"kv_policy.semantic_token is not an option .* allowed: sink_tok"),
+        ({"semantic_tokens": -1}, r"kv_policy.semantic_tokens -1 is not a number of tokens"),
+        ({"semantic_tokens": 64.0}, r"kv_policy.semantic_tokens 64.0 is not a number of tokens"),
+        ({"semantic_tokens": "9" * 500}, r"kv_policy.semantic_tokens '9+\.\.\.9+' is not"),
+        ({"similarity": "x"}, r"kv_policy.similarity 'x' is not known; allowed: attention, study"),
+        ({"similarity": []}, r"kv_policy.similarity \[\] is not known"),
+        ({"recent_tokens": 0}, r"kv_policy.recent_tokens 0 would evict"),
+        ({"recent_tokens": 31}, r"--block-size 32 is too coarse for kv_policy.recent_tokens 31"),
+        ({"pin_prompt_tokens": "64"}, r"kv_policy.pin_prompt_tokens '64' is not a number"),
+        ({"pin_prompt_tokens": True}, r"kv_policy.pin_prompt_tokens True is not a number"),
+        ({"pin": "user"}, r"kv_policy.pin 'user' is not known; allowed: system"),
+        ({"pin": "system"}, r"kv_policy.pin 'system' needs a chat .* kv_policy.pin_prompt_tokens"),
+        ({"semantic_tokens": 193}, r"keeps 10 blocks of 32 tokens; allowed: 9 blocks, the server"),
+        ({"pin_prompt_tokens": 33}, r"keeps 10 blocks .* --kv-policy-config.max_request_tokens"),
+        ("full", r"kv_policy \{'name': 'full'\} keeps 128 blocks"),
+    ],
+)
+def test_refused(asked: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        choose(SEMANTIC, asked)
+    assert len(str(refusal.value)) < 500, "what a client sends is not sent back whole"
+
+
+def test_an_operator_may_allow_nothing() -> None:
+    served = ServedPolicies.from_config({"name": "semantic", "max_request_tokens": 0})
+    assert choose(served, {}) == SemanticPolicy()
+    with pytest.raises(ValueError, match=r"is not served; allowed: semantic"):
+        choose(served, "streaming")
+    with pytest.raises(ValueError, match=r"allowed: 0 blocks"):
+        choose(served, {"semantic_tokens": 64})
+    assert served.rules == (SemanticPolicy(),)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "9", True, 2**31])
+def test_the_largest_budget_is_a_number_of_tokens(value: object) -> None:
+    message = r"--kv-policy-config.max_request_tokens .* is not a number of tokens; allowed: int"
+    with pytest.raises(ValueError, match=message):
+        ServedPolicies.from_config({"name": "semantic", "max_request_tokens": value})
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+fields = st.sampled_from(
+    [*SemanticPolicy.options(), "name", "pin", "pin_prompt_tokens", "max_request_tokens"]
+)
+plausible = json_values | st.sampled_from(
+    ["full", "streaming", "semantic", "study", "attention", "system", 0, 8, 32, 64, 200, 2**31]
+)
+requests = json_values | st.dictionaries(fields, plausible, max_size=6)
+
+
+@settings(deadline=None, derandomize=True, max_examples=2000)
+@given(requests, st.booleans(), st.integers(1, 3000), st.integers(1, 3000))
+def test_whatever_is_asked_for_is_served_within_bounds_or_refused(
+    asked: Any, as_text: bool, num_prompt_tokens: int, max_tokens: int
+) -> None:
+    if as_text:
+        asked = json.dumps(asked)
+    for served in (SEMANTIC, GENEROUS, FULL):
+        try:
+            policy = choose(served, asked, num_prompt_tokens, max_tokens)
+        except ValueError as refusal:
+            assert str(refusal).startswith(("kv_policy", "--block-size"))
+            continue
+        assert choose(served, served.to_request(policy), num_prompt_tokens, max_tokens) == policy
+        most = served.max_budget_blocks(BLOCK_SIZE)
+        held = -(-(num_prompt_tokens + max_tokens) // BLOCK_SIZE)
+        if policy.bounded:
+            held = min(held, policy.budget(BLOCK_SIZE).total)
+        assert most is None or held <= most
+
+
+# -- what the engine prepares for ------------------------------------------------------
+
+
+def test_sizes_cover_what_any_request_may_get() -> None:
+    assert SEMANTIC.max_budget_blocks(BLOCK_SIZE) == 9
+    assert GENEROUS.max_budget_blocks(BLOCK_SIZE) == 32
+    assert FULL.max_budget_blocks(BLOCK_SIZE) is None
+    small = ServedPolicies.from_config({"name": "semantic", "max_request_tokens": 64})
+    assert small.max_budget_blocks(BLOCK_SIZE) == 9, "the server's own still fits"
+
+
+def test_rules_are_those_a_request_may_run_under() -> None:
+    both = {SemanticPolicy(), SemanticPolicy(similarity="study")}
+    assert set(SEMANTIC.rules) == set(FULL.rules) == both
+    assert SEMANTIC.num_queries == FULL.num_queries == 8
+    assert FULL.bounded
+    snapkv = ServedPolicies.from_config("snapkv")
+    assert set(snapkv.rules) == both | {SnapKVPolicy()}
+    assert snapkv.num_queries == max(8, SnapKVPolicy().num_queries)
+    streaming = ServedPolicies.from_config({"name": "streaming", "max_request_tokens": 0})
+    assert streaming.rules == ()
+
+
+# -- the front end ---------------------------------------------------------------------
+
+
+def config(kv_policy: object) -> Any:
+    additional = {} if kv_policy is None else {"kv_policy": kv_policy}
+    return SimpleNamespace(
+        additional_config=additional, cache_config=SimpleNamespace(block_size=BLOCK_SIZE)
+    )
+
+
+def test_an_engine_without_a_policy_is_left_alone() -> None:
+    asked = {REQUEST_KEY: "semantic"}
+    assert not asks_for_policy(asked, config(None))
+    assert not asks_for_policy({"other": 1}, config("semantic"))
+    assert not asks_for_policy(None, config("semantic"))
+    assert asks_for_policy(asked, config("semantic"))
+
+
+def test_checked_arguments_say_all_of_the_policy() -> None:
+    args = checked({REQUEST_KEY: '{"semantic_tokens": 64}', "o": 1}, config("semantic"), 500, 16)
+    assert args == {
+        "o": 1,
+        REQUEST_KEY: {
+            "name": "semantic",
+            "sink_tokens": 8,
+            "recent_tokens": 64,
+            "semantic_tokens": 64,
+            "similarity": "attention",
+        },
+    }
+
+
+def test_a_system_message_is_counted_in_tokens() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    user = {"role": "user", "content": "Why?"}
+    asked = {REQUEST_KEY: '{"name": "semantic", "pin": "system"}'}
+    shorter = system_only(asked, [system, user, system])
+    assert shorter[:-1] == [system]
+    assert shorter[-1]["role"] == "user"
+    assert system_only(asked, [user, system]) == []
+    assert system_only({REQUEST_KEY: "semantic"}, [system, user]) == []
+    args = with_pinned(asked, [1, 2, 3, 4, 9, 9], [1, 2, 3, 4, 7, 9])
+    assert request_options(args[REQUEST_KEY]) == {"name": "semantic", "pin_prompt_tokens": 4}
+    more = {REQUEST_KEY: {"pin": "system", "pin_prompt_tokens": 6}}
+    assert request_options(with_pinned(more, [1, 2], [1, 2, 3])[REQUEST_KEY]) == {
+        "pin_prompt_tokens": 6
+    }

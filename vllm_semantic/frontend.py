@@ -1,0 +1,94 @@
+"""Requests that ask for a policy of their own, where vLLM checks the rest of a request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+from .served import CONFIG_KEY, PIN, PIN_TOKENS, REQUEST_KEY, ServedPolicies, request_options
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SYSTEM_ROLES = ("system", "developer")
+
+
+def asks_for_policy(extra_args: Mapping[str, Any] | None, vllm_config: VllmConfig) -> bool:
+    """Whether a request asks for a policy of its own, of an engine that has one at all.
+
+    Args:
+        extra_args: ``SamplingParams.extra_args``, or ``vllm_xargs``.
+        vllm_config: of the engine.
+    """
+    if not extra_args or REQUEST_KEY not in extra_args:
+        return False
+    additional_config = vllm_config.additional_config
+    return isinstance(additional_config, dict) and CONFIG_KEY in additional_config
+
+
+def checked(
+    extra_args: Mapping[str, Any],
+    vllm_config: VllmConfig,
+    num_prompt_tokens: int,
+    max_tokens: int,
+) -> dict[str, Any]:
+    """A request's extra arguments, with all of the policy it gets in place of what it asked for.
+
+    Args:
+        extra_args: ``SamplingParams.extra_args``, with :data:`~.served.REQUEST_KEY`.
+        vllm_config: of an engine with a policy.
+        num_prompt_tokens: of the request.
+        max_tokens: the most it may generate.
+
+    Raises:
+        ValueError: see :meth:`~.served.ServedPolicies.choose`.
+    """
+    served = ServedPolicies.from_config(vllm_config.additional_config[CONFIG_KEY])
+    block_size = vllm_config.cache_config.block_size
+    policy = served.choose(extra_args[REQUEST_KEY], block_size, num_prompt_tokens, max_tokens)
+    return {**extra_args, REQUEST_KEY: served.to_request(policy)}
+
+
+def system_only(
+    extra_args: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """A chat that has its system message in common with a request that wants it pinned.
+
+    Args:
+        extra_args: of the request, with :data:`~.served.REQUEST_KEY`.
+        messages: of its chat.
+
+    Returns:
+        Messages; none if the request does not ask for that, or begins with no such message.
+
+    Raises:
+        ValueError: see :func:`~.served.request_options`.
+    """
+    if PIN not in request_options(extra_args[REQUEST_KEY]):
+        return []
+    system = list(takewhile(lambda message: message.get("role") in SYSTEM_ROLES, messages))
+    return [*system, {"role": "user", "content": "-"}] if system else []
+
+
+def with_pinned(
+    extra_args: Mapping[str, Any], prompt: Sequence[int], system_only_prompt: Sequence[int]
+) -> dict[str, Any]:
+    """Extra arguments that pin tokens in place of a system message.
+
+    Args:
+        extra_args: of a request that wants its system message pinned.
+        prompt: its token ids.
+        system_only_prompt: those of :func:`system_only`.
+
+    Returns:
+        The policy as JSON text, which ``vllm_xargs`` takes.
+    """
+    options = request_options(extra_args[REQUEST_KEY])
+    del options[PIN]
+    alike = takewhile(
+        lambda pair: pair[0] == pair[1], zip(prompt, system_only_prompt, strict=False)
+    )
+    options[PIN_TOKENS] = max(sum(1 for _ in alike), options.get(PIN_TOKENS, 0))
+    return {**extra_args, REQUEST_KEY: json.dumps(options)}

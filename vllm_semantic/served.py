@@ -1,0 +1,229 @@
+"""What a server's requests keep: its own policy, and what a request may ask for instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from .config import CONFIG_FLAG, POLICY_FLAG, check_block_size, check_number, make_policy
+from .policies import POLICIES, KVPolicy
+
+CONFIG_KEY = "kv_policy"
+"""Key of ``VllmConfig.additional_config`` under which the policy travels."""
+
+REQUEST_KEY = "kv_policy"
+"""Key of ``SamplingParams.extra_args``, over HTTP of ``vllm_xargs``."""
+
+MAX_REQUEST_TOKENS = "max_request_tokens"
+PIN_TOKENS = "pin_prompt_tokens"
+PIN = "pin"
+PIN_SYSTEM = "system"
+
+CHOICES = ("full", "streaming", "semantic")
+"""What a request may name beside the server's own policy; it never has a class imported."""
+
+
+@dataclass(frozen=True)
+class ServedPolicies:
+    """The server's own policy, and what a request may have in its place."""
+
+    name: str
+    """How the server's own policy was named."""
+
+    default: KVPolicy
+    """The server's own policy."""
+
+    max_request_tokens: int | None = None
+    """The largest budget that a request may ask for. ``None``: that of the server's own policy;
+    0: a request may ask for nothing."""
+
+    @classmethod
+    def from_config(cls, config: object) -> ServedPolicies:
+        """Read ``additional_config["kv_policy"]``.
+
+        Args:
+            config: ``{"name": ..., "max_request_tokens": ..., **options}``, or just a name.
+
+        Raises:
+            ValueError: another form, an unknown name or option, or a value out of range.
+        """
+        if isinstance(config, str):
+            return cls(config, make_policy(config))
+        if not isinstance(config, Mapping) or "name" not in config:
+            raise ValueError(
+                f"additional_config[{CONFIG_KEY!r}] {config!r} is not of the form "
+                '{"name": "semantic", "semantic_tokens": 192}'
+            )
+        options = dict(config)
+        name, largest = options.pop("name"), options.pop(MAX_REQUEST_TOKENS, None)
+        default = make_policy(name, options)
+        if largest is not None:
+            check_number(f"{CONFIG_FLAG}.{MAX_REQUEST_TOKENS}", largest)
+        return cls(name, default, largest)
+
+    @cached_property
+    def classes(self) -> dict[str, type[KVPolicy]]:
+        """What a request may name."""
+        choices = {} if self.max_request_tokens == 0 else {name: POLICIES[name] for name in CHOICES}
+        return choices | {self.name: type(self.default)}
+
+    @cached_property
+    def rules(self) -> tuple[KVPolicy, ...]:
+        """A policy for each way in which workers may be asked for scores."""
+        policies = [self.default]
+        if self.max_request_tokens != 0:
+            policies += [policy for cls in self.classes.values() for policy in _variants(cls)]
+        return tuple(dict.fromkeys(p for p in policies if p.bounded and p.scores_blocks))
+
+    @property
+    def bounded(self) -> bool:
+        """Whether any request may lose a block."""
+        return any(cls.bounded for cls in self.classes.values())
+
+    @property
+    def num_queries(self) -> int:
+        """The widest window of queries that a rule looks at."""
+        return max((rule.num_queries for rule in self.rules), default=1)
+
+    def max_budget_blocks(self, block_size: int) -> int | None:
+        """The most blocks that a request may be allowed, whoever says so; ``None``: any number."""
+        largest = self._max_request_blocks(block_size)
+        if largest is None or not self.default.bounded:
+            return None
+        return max(largest, self.default.budget(block_size).total)
+
+    def choose(
+        self, asked: object, block_size: int, num_prompt_tokens: int, max_tokens: int
+    ) -> KVPolicy:
+        """The policy of one request.
+
+        Args:
+            asked: what came under :data:`REQUEST_KEY`, see :func:`request_options`. Without a
+                name, and for what is left out, the server's own policy is what holds.
+            block_size: in tokens.
+            num_prompt_tokens: of the request; only these can be pinned.
+            max_tokens: the most that it may generate.
+
+        Raises:
+            ValueError: names the field, the value and what is allowed.
+        """
+        options = request_options(asked)
+        if PIN in options:
+            raise ValueError(
+                f"{REQUEST_KEY}.{PIN} {PIN_SYSTEM!r} needs a chat that begins with a system "
+                f"message; allowed here: {REQUEST_KEY}.{PIN_TOKENS}"
+            )
+        name = options.pop("name", self.name)
+        num_pinned = min(options.pop(PIN_TOKENS, 0), num_prompt_tokens)
+        if not isinstance(name, str) or name not in self.classes:
+            raise ValueError(
+                f"{REQUEST_KEY}.name {reprlib.repr(name)} is not served; "
+                f"allowed: {', '.join(self.classes)}"
+            )
+        if name == self.name:
+            options = _options_of(self.default) | options
+        policy = make_policy(name, options, field=REQUEST_KEY)
+        if policy.bounded and num_pinned > policy.sink_tokens:
+            policy = dataclasses.replace(policy, sink_tokens=num_pinned)
+        if policy != self.default:
+            check_block_size(policy, block_size, field=REQUEST_KEY)
+            self._check_size(policy, block_size, num_prompt_tokens + max_tokens)
+        return policy
+
+    def to_request(self, policy: KVPolicy) -> dict[str, Any]:
+        """What :meth:`choose` makes ``policy`` of, for any request."""
+        name = next(name for name, cls in self.classes.items() if cls is type(policy))
+        return {"name": name, **_options_of(policy)}
+
+    def _check_size(self, policy: KVPolicy, block_size: int, num_tokens: int) -> None:
+        """Refuse a request that could hold more than one may ask for."""
+        largest = self._max_request_blocks(block_size)
+        held = -(-num_tokens // block_size)
+        if policy.bounded:
+            held = min(held, policy.budget(block_size).total)
+        if largest is not None and held > largest:
+            raise ValueError(
+                f"{REQUEST_KEY} {self.to_request(policy)} keeps {held} blocks of {block_size} "
+                f"tokens; allowed: {largest} blocks, the server's {CONFIG_FLAG}."
+                f"{MAX_REQUEST_TOKENS}"
+            )
+
+    def _max_request_blocks(self, block_size: int) -> int | None:
+        if self.max_request_tokens is not None:
+            return -(-self.max_request_tokens // block_size)
+        return self.default.budget(block_size).total if self.default.bounded else None
+
+
+def flags_to_config(name: str | None, options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The form in which flags travel, validated; ``None`` where no policy is asked for.
+
+    Raises:
+        ValueError: as :meth:`ServedPolicies.from_config`, or options without a policy.
+    """
+    if name is None:
+        if options:
+            raise ValueError(
+                f"{CONFIG_FLAG} {dict(options)!r} needs {POLICY_FLAG}; "
+                f"allowed: {', '.join(POLICIES)}"
+            )
+        return None
+    if not isinstance(options or {}, Mapping):
+        raise ValueError(
+            f"{CONFIG_FLAG} {reprlib.repr(options)} is not a JSON object such as "
+            '{"semantic_tokens": 192}'
+        )
+    config = {"name": name, **(options or {})}
+    ServedPolicies.from_config(config)
+    return config
+
+
+def request_options(asked: object) -> dict[str, Any]:
+    """What a request asked for, as an object of its own.
+
+    Args:
+        asked: ``{"name": ..., "pin_prompt_tokens": ..., "pin": "system", **options}``, its JSON
+            text (``vllm_xargs`` takes no objects), or just a name.
+
+    Raises:
+        ValueError: another form, or something to pin that is neither a number of tokens nor
+            ``"system"``.
+    """
+    if isinstance(asked, str):
+        asked = _parse(asked) if asked.lstrip().startswith("{") else {"name": asked}
+    if not isinstance(asked, Mapping):
+        raise ValueError(
+            f"{REQUEST_KEY} {reprlib.repr(asked)} is neither a name nor of the form "
+            '{"name": "semantic", "semantic_tokens": 192}'
+        )
+    options = dict(asked)
+    if PIN_TOKENS in options:
+        check_number(f"{REQUEST_KEY}.{PIN_TOKENS}", options[PIN_TOKENS])
+    if options.get(PIN, PIN_SYSTEM) != PIN_SYSTEM:
+        raise ValueError(
+            f"{REQUEST_KEY}.{PIN} {reprlib.repr(options[PIN])} is not known; allowed: {PIN_SYSTEM}"
+        )
+    return options
+
+
+def _parse(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{REQUEST_KEY} {reprlib.repr(text)} is not JSON: {error}") from error
+
+
+def _options_of(policy: KVPolicy) -> dict[str, Any]:
+    return {option: getattr(policy, option) for option in policy.options()}
+
+
+def _variants(cls: type[KVPolicy]) -> Iterator[KVPolicy]:
+    """A policy for each combination of the words that a class allows."""
+    for words in itertools.product(*cls.choices.values()):
+        options: dict[str, Any] = dict(zip(cls.choices, words, strict=True))
+        yield cls(**options)
