@@ -42,6 +42,7 @@ def run() -> None:
         "docs/research.md": [
             ("rules", "rules", _rules),
             ("variants", "variants", _variants),
+            ("budgets", "budgets", _budgets),
         ],
     }
     for file, places in tables.items():
@@ -196,6 +197,26 @@ def _variants(report: dict[str, Any]) -> str:
             ]
         rows.append(cells)
     return _table(head, rows) + f"\n\n{_read(report)}; {_where(report['context'])}."
+
+
+def _budgets(report: dict[str, Any]) -> str:
+    head = ["budget"]
+    for name in report["documents"]:
+        head += [f"PPL {name}, streaming", "semantic", "streaming - semantic, nats"]
+    rows = []
+    for budget in report["context"]["budget"]:
+        age, semantic = f"streaming @ {budget}", f"semantic @ {budget}"
+        cells = [str(budget)]
+        for name in report["documents"]:
+            cells += [f"{report['rows'][row]['perplexity'][name]:.2f}" for row in (age, semantic)]
+            cells.append(_interval(report["differences"][f"{age} - {semantic}"][name]))
+        rows.append(cells)
+    full = report["rows"]["full"]["perplexity"]
+    return _table(head, rows) + (
+        f"\n\n{_read(report)}; the full cache: "
+        f"{', '.join(f'{full[name]:.2f}' for name in report['documents'])}; "
+        f"{_where(report['context'])}."
+    )
 
 
 def _where(context: dict[str, Any]) -> str:
