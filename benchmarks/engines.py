@@ -181,7 +181,7 @@ class EngineSide:
         finally:
             del self.scheduler.schedule
         return {
-            "policy": manager.policy.name,
+            "policy": manager.default_policy.name,
             "block_size": manager.block_size,
             "points": points,
             "kept": kept,

@@ -57,9 +57,9 @@ def test_quality(tmp_path: Path) -> None:
     """One command, real text: what it reports hangs together."""
     settings = quality.Settings(
         str(MODEL),
-        policies=("full", "streaming"),
+        policies=("full", "streaming", "oracle"),
         quantization=("none",),
-        budget=(104,),
+        budget=(136,),
         tasks=("wikitext", "pg19", "passkey"),
         questions=3,
         num_tokens=400,
@@ -74,6 +74,17 @@ def test_quality(tmp_path: Path) -> None:
     )
     full, streaming = report["rows"]["full"], report["rows"]["streaming"]
     assert full["evicted_blocks"] == 0 < streaming["evicted_blocks"]
+    # Foresight keeps other blocks than age does.
+    oracle = report["rows"]["oracle"]
+    assert oracle["evicted_blocks"] > 0
+    assert oracle["perplexity"] != streaming["perplexity"] != full["perplexity"]
+    # Which blocks lived: sink and recent ones always, and never more than the budget's five.
+    kept, points = streaming["retention"]["kept"], streaming["retention"]["points"]
+    assert points == sorted(points)
+    assert all(held[0] == 0 and held == sorted(held) for held in kept)
+    assert len(kept[-1]) <= 5 + 1 < len(kept[0])
+    plots = {path.name for path in tmp_path.glob("decode-*.png") if path.stat().st_size > 1000}
+    assert plots == {"decode-retention.png", "decode-distance.png"}
     for text, difference in report["differences"]["full - streaming"].items():
         ratio = full["perplexity"][text] / streaming["perplexity"][text]
         assert difference["mean"] == pytest.approx(math.log(ratio), rel=1e-9)
