@@ -60,6 +60,7 @@ def engine(model: str, *, policy: str | None = None, **kwargs: Any) -> Iterator[
         _follow(llm)
         yield llm
         assert_pool_whole(llm)
+        assert take_fallbacks(llm) == 0, "a policy failed, see the log"
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
@@ -76,6 +77,16 @@ def manager_of(llm: Any) -> Any:
 
 def reset_trace(llm: Any) -> None:
     llm.trace = Trace()
+
+
+def take_fallbacks(llm: Any) -> int:
+    """Evictions by age since the last call where a policy failed."""
+    total = 0
+    for manager in getattr(scheduler_of(llm), "kv_policy_managers", {}).values():
+        for stats in manager.stats_by_policy.values():
+            total += stats.fallbacks
+            stats.fallbacks = 0
+    return total
 
 
 def assert_pool_whole(llm: Any) -> None:

@@ -62,6 +62,8 @@ class Life:
     """Logical blocks evicted since the request last started over."""
     old_asks: list[ScoreRequest] = field(default_factory=list)
     """Score requests that were answered before, or never will be."""
+    obedient: bool = True
+    """Whether every chunk since the request last started over ended where it should."""
 
     @property
     def end(self) -> int:
@@ -111,6 +113,7 @@ class ManagerMachine(RuleBasedStateMachine):
             prefill_interval=self.interval,
             max_in_flight_tokens=MAX_IN_FLIGHT * self.interval,
         )
+        self.max_admission_blocks = spec.max_admission_blocks
         num_blocks = data.draw(st.integers(12, 60))
         self.kv_cache_manager = KVCacheManager(
             KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
@@ -170,7 +173,7 @@ class ManagerMachine(RuleBasedStateMachine):
         # The scheduler waits for what is in flight, and ignores its scores.
         life.old_asks += [asked for _, asked in life.spans if asked]
         life.request.num_in_flight_tokens = 0
-        life.spans, life.gone = [], set()
+        life.spans, life.gone, life.obedient = [], set(), True
         self.seen["preempted"] += 1
         self.check()
 
@@ -226,6 +229,7 @@ class ManagerMachine(RuleBasedStateMachine):
         num_new = min(num_new, known - start, MAX_MODEL_LEN - start)
         if num_new <= 0:
             return False
+        life.obedient = life.obedient and obedient
         if obedient:
             num_new = self.manager.clip_to_eviction_point(request, start, num_new)
             assert num_new > 0
@@ -346,6 +350,8 @@ class ManagerMachine(RuleBasedStateMachine):
             held = [i for i, block in enumerate(table) if not block.is_null]
             assert len(held) == self.manager.num_kept_blocks(name)
             assert {i for i, block in enumerate(table) if block.is_null} == life.gone
+            # Also where scores never came.
+            assert not life.obedient or len(held) <= self.max_admission_blocks
             for i in held:
                 # Nobody else has written into a block that is held.
                 for offset in range(min(BLOCK_SIZE, life.end - i * BLOCK_SIZE)):
@@ -356,6 +362,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "kv_cache_manager"):
             return
+        self.seen["fallbacks"] += self.manager.stats.fallbacks
         for life in self.lives.values():
             self.kv_cache_manager.free(life.request)
         check_pool_whole(self.manager)
@@ -381,5 +388,6 @@ def test_manager() -> None:
         "full pool": 30,
         "stale scores": 50,
         "shared": 1000,
+        "fallbacks": 50,
     }
     assert all(seen[what] >= n for what, n in least.items()), seen

@@ -274,6 +274,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 break
             self.run(1)
         assert not self.scheduler.requests, "requests starve"
+        assert self.manager.stats.fallbacks == 0
         while self.in_flight:
             self._settle_oldest()
         for request_id, request in self.requests.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from vllm_semantic.engine.cached_kv import CachedKV
 from vllm_semantic.engine.query_windows import QueryWindows
 from vllm_semantic.engine.scorer import BlockScorer, ScoredLayers
 from vllm_semantic.messages import ScoreRequest
+from vllm_semantic.ops.cached_blocks import CachedBlocks
 from vllm_semantic.policies import BlockView, SemanticPolicy
 from vllm_semantic.policies.tova import TOVAPolicy
 
@@ -137,6 +139,48 @@ def test_a_policy_with_a_score_of_its_own_is_asked_for_it() -> None:
     asked = {0: {"a": ScoreRequest(Constant(), 12, [1, 2], [1, 5])}}
     constant = BlockScorer({0: [random_layers(3)]}, windows())
     assert constant(asked).collect() == {0: {"a": [2.5, 2.5]}}
+
+
+class KernelPolicy(TOVAPolicy):
+    """With a kernel that fails."""
+
+    name = "kernel"
+
+    def score_cached(self, cached: CachedBlocks) -> torch.Tensor | None:
+        raise RuntimeError("no such instruction")
+
+
+class FlatPolicy(TOVAPolicy):
+    """With a kernel that forgets the layers."""
+
+    name = "flat"
+
+    def score_cached(self, cached: CachedBlocks) -> torch.Tensor | None:
+        return torch.zeros(len(cached.block_ids))
+
+
+@pytest.mark.parametrize("policy", [KernelPolicy(), FlatPolicy()], ids=lambda policy: policy.name)
+def test_a_kernel_that_fails_still_takes_part_in_the_mean(policy: TOVAPolicy) -> None:
+    """What other policies say in the same step stands, and every rank has as much to add up."""
+    torch.manual_seed(4)
+    group = {0: [random_layers(2), random_layers(1)]}
+    good = {"b": ScoreRequest(TOVAPolicy(), 8, [0, 1], [2, 3])}
+    expected = BlockScorer(group, windows())({0: good}).collect()[0]["b"]
+    added: list[int] = []
+
+    def mean_over_ranks(scores: torch.Tensor) -> torch.Tensor:
+        added.append(len(scores))
+        return scores
+
+    scorer = BlockScorer(group, windows(), mean_over_ranks)
+    bad = {name: ScoreRequest(policy, 12, [0, 2], [4, 6, 7]) for name in ("a", "c")}
+    scores = scorer({0: {"a": bad["a"], **good, "c": bad["c"]}}).collect()[0]
+    assert scores["b"] == expected
+    assert all(math.isnan(score) for name in bad for score in scores[name])
+    assert added == [6]
+    assert scorer.failed == {"a", "c"}
+    scorer.forget({"a", "gone"})
+    assert scorer.failed == {"c"}
 
 
 class Attention:

@@ -5,54 +5,24 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from ..config import check_block_size
 from ..messages import BlockIndices, ScoreRequest, policy_of
 from ..policies import KVPolicy
 from ..policies.selection import blocks_to_evict, eviction_point_from, is_eviction_point
+from .request_blocks import EvictionStats, RequestBlocks
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from .spec import SemanticSpec
 
-
-@dataclass
-class RequestBlocks:
-    """One request's state under the policy. Written by :class:`SemanticManager` only."""
-
-    kept: BlockIndices = field(default_factory=list)
-    """Logical indices of the full blocks held, as of the last eviction point."""
-
-    num_seen: int = 0
-    """Full blocks there were at the last eviction point, evicted ones included."""
-
-    num_exact_tokens: int | None = None
-    """Leading tokens computed before anything was evicted; ``None`` before that."""
-
-    scores: dict[int, dict[int, float]] = field(default_factory=dict)
-    """Scores by eviction point and logical index; used at most once."""
-
-    past_scores: dict[int, float] = field(default_factory=dict)
-    """By logical index, the scores of the last eviction and, as far as the policy's decay left
-    them, of those before."""
-
-    def kept_at(self, num_full_blocks: int) -> BlockIndices:
-        """The full blocks held once ``num_full_blocks`` have been computed."""
-        return self.kept + list(range(self.num_seen, num_full_blocks))
-
-
-@dataclass
-class EvictionStats:
-    """Counters of one manager and policy since the start of the engine."""
-
-    evicted_blocks: int = 0
-    scored_blocks: int = 0
-    evicting_requests: int = 0
+logger = init_logger(f"vllm.{__name__}")
 
 
 class SemanticManager(FullAttentionManager):
@@ -215,25 +185,11 @@ class SemanticManager(FullAttentionManager):
         state = self._requests.setdefault(request_id, RequestBlocks())
         num_full_blocks = point // self.block_size
         kept = state.kept_at(num_full_blocks)
-        policy = self.policy_of(request_id)
-        budget = policy.budget(self.block_size)
-        candidates = budget.candidates(kept)
-        if policy.scores_blocks:
-            found = state.scores.pop(point, {})
-            if not all(i in found for i in candidates):
-                return  # no scores came for this point: stay over budget until the next
-            if decay := policy.decay:
-                past = state.past_scores
-                found = {i: score + decay * past.get(i, 0.0) for i, score in found.items()}
-                state.past_scores = found
-            scores: Sequence[float] = [found[i] for i in candidates]
-        else:
-            scores = policy.rank(candidates, point, self._extra_args(request_id))
-        evicted = blocks_to_evict(kept, budget, scores)
+        evicted = self._choose(request_id, state, kept, point)
         self._evict(request_id, evicted)
         if state.num_exact_tokens is None:
             state.num_exact_tokens = start
-            self.stats_by_policy[policy.name].evicting_requests += 1
+            self.stats_by_policy[self.policy_of(request_id).name].evicting_requests += 1
         gone = set(evicted)
         state.kept = [i for i in kept if i not in gone]
         state.num_seen = num_full_blocks
@@ -291,6 +247,30 @@ class SemanticManager(FullAttentionManager):
         num_over_budget = budget.total + 1 - self._num_kept_at(request_id, 0)
         first = max(num_tokens + 1, num_over_budget * self.block_size)
         return eviction_point_from(first, num_prompt_tokens, self.block_size, self.prefill_interval)
+
+    def _choose(
+        self, request_id: str, state: RequestBlocks, kept: BlockIndices, point: int
+    ) -> BlockIndices:
+        """The blocks that go: as the request's policy has it or, where it fails, the oldest.
+
+        A request that stayed over its budget would hold more than admission counts on.
+        """
+        policy = self.policy_of(request_id)
+        budget = policy.budget(self.block_size)
+        try:
+            return state.choose(policy, budget, kept, point, self._extra_args(request_id))
+        except Exception:  # a policy is anybody's code
+            if state.num_fallbacks == 0:
+                logger.exception(
+                    "KV policy %s cannot choose among the blocks of request %s at %d tokens: "
+                    "the oldest go, here and wherever it happens again to this request",
+                    policy.name,
+                    request_id,
+                    point,
+                )
+            state.num_fallbacks += 1
+            self.stats_by_policy[policy.name].fallbacks += 1
+        return blocks_to_evict(kept, budget, budget.candidates(kept))
 
     def _extra_args(self, request_id: str) -> Mapping[str, Any]:
         params = self.requests[request_id].sampling_params

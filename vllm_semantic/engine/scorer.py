@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
+from typing import TypeVar
 
 import torch
+from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from ..messages import BlockScores, ScoreRequest
@@ -14,6 +17,10 @@ from ..ops.cached_blocks import CachedBlocks
 from ..policies import BlockView, KVPolicy
 from .cached_kv import CachedKV
 from .query_windows import QueryWindows
+
+logger = init_logger(f"vllm.{__name__}")
+
+_T = TypeVar("_T")
 
 MAX_GATHERED = 1 << 25
 """Elements of keys that are gathered at once, 128 MiB in fp32; layers are split to stay below."""
@@ -71,6 +78,20 @@ class PendingScores:
             yield request_id, [next(scores) for _ in request.block_indices]
 
 
+def _checked(scores: torch.Tensor, num_layers: int, num_blocks: int) -> torch.Tensor:
+    """What a policy returned, in fp32.
+
+    Raises:
+        ValueError: it is not one score for each layer and block.
+    """
+    if scores.shape != (num_layers, num_blocks):
+        raise ValueError(
+            f"the scores have the shape {list(scores.shape)}; "
+            f"allowed: {[num_layers, num_blocks]}, one for each layer and full block"
+        )
+    return scores.float()
+
+
 class BlockScorer:
     """Answers score requests after a forward pass, without waiting for the device.
 
@@ -89,6 +110,8 @@ class BlockScorer:
         self.groups = groups
         self.windows = windows
         self.mean_over_ranks = mean_over_ranks
+        self.failed: set[str] = set()
+        """Requests whose scoring has failed, and was logged."""
 
     def __call__(
         self,
@@ -102,7 +125,7 @@ class BlockScorer:
             copy_stream: what the scores travel to the host on.
 
         Returns:
-            One score per full block asked for, in order.
+            One score per full block asked for, in order; NaN where the policy failed.
         """
         # Requests under one policy are scored together, and answered in that order.
         asked = {group_id: _by_policy(requests) for group_id, requests in asked.items()}
@@ -112,23 +135,56 @@ class BlockScorer:
         }
         return PendingScores(asked, means, copy_stream)
 
+    def forget(self, request_ids: set[str]) -> None:
+        """Let go of requests that are gone or were preempted."""
+        self.failed -= request_ids
+
     def _score_group(
         self, group: Sequence[ScoredLayers], asked: Mapping[str, ScoreRequest]
     ) -> torch.Tensor:
         scores = []
         for policy, items in groupby(asked.items(), key=lambda item: item[1].policy):
             requests = dict(items)
-            of_policy = self._score_cached(policy, group, requests)
-            if of_policy is None:
-                of_requests = [self._score_request(group, *item) for item in requests.items()]
-                of_policy = torch.cat(of_requests, dim=1)
-            scores.append(of_policy.mean(0))
+            of_policy = self._attempt(
+                partial(self._score_cached, policy, group, requests), group, requests
+            )
+            if of_policy is not None:
+                scores.append(of_policy)
+                continue
+            for request_id, request in requests.items():
+                of_request = partial(self._score_request, group, request_id, request)
+                scores.append(self._attempt(of_request, group, {request_id: request}))
         return self.mean_over_ranks(torch.cat(scores))
+
+    def _attempt(
+        self,
+        score: Callable[[], _T],
+        group: Sequence[ScoredLayers],
+        asked: Mapping[str, ScoreRequest],
+    ) -> _T | torch.Tensor:
+        """``score()`` or, where the code of a policy fails, NaN for every block.
+
+        A rank that failed still takes part in the mean, or the others would wait for it; NaN
+        makes the mean NaN, so that all ranks tell the manager the same.
+        """
+        try:
+            return score()
+        except Exception:  # a policy is anybody's code
+            if not self.failed.issuperset(asked):
+                (policy,) = {request.policy for request in asked.values()}
+                logger.exception(
+                    "KV policy %s cannot score the blocks of request %s",
+                    policy.name,
+                    ", ".join(asked),
+                )
+            self.failed |= asked.keys()
+            num_blocks = sum(len(request.block_indices) for request in asked.values())
+            return torch.full((num_blocks,), float("nan"), device=group[0].queries.device)
 
     def _score_cached(
         self, policy: KVPolicy, group: Sequence[ScoredLayers], asked: Mapping[str, ScoreRequest]
     ) -> torch.Tensor | None:
-        """All requests by the policy's kernel, ``[num_layers, num_blocks]``, if it has one."""
+        """All requests by the policy's kernel, if it has one: means over layers."""
         if type(policy).score_cached is KVPolicy.score_cached:
             return None
         places: list[list[int]] = [[], [], []]
@@ -164,15 +220,16 @@ class BlockScorer:
             of_layers = policy.score_cached(cached)
             if of_layers is None:
                 return None
-            scores.append(of_layers)
+            scores.append(_checked(of_layers, len(keys), len(block_ids)))
+        means = torch.cat(scores).mean(0)
         if len(full) == len(block_ids):
-            return torch.cat(scores)
-        return torch.cat(scores).index_select(1, async_tensor_h2d(full, device, torch.int64))
+            return means
+        return means.index_select(0, async_tensor_h2d(full, device, torch.int64))
 
     def _score_request(
         self, group: Sequence[ScoredLayers], request_id: str, request: ScoreRequest
     ) -> torch.Tensor:
-        """One request by its policy's score, ``[num_layers, num_full_blocks]``."""
+        """One request by its policy's score: means over layers."""
         device = group[0].queries.device
         block_indices, block_ids = async_tensor_h2d(
             [request.held_indices, request.block_ids], device, torch.int64
@@ -189,8 +246,9 @@ class BlockScorer:
                     request.num_tokens,
                     layers.scale,
                 )
-                scores.append(request.policy.score(view))
-        return torch.cat(scores)
+                of_layers = request.policy.score(view)
+                scores.append(_checked(of_layers, len(part.queries), view.num_full_blocks))
+        return torch.cat(scores).mean(0)
 
     def _window(self, request_id: str, request: ScoreRequest) -> list[int]:
         """The rows of the queries that the request's policy looks at."""

@@ -121,6 +121,11 @@ class KVPolicyWorkerMixin(Worker):
             for policy in self.served_policies.rules:
                 asked = {group_id: {"": ScoreRequest(policy, group.block_size, [0], [0])}}
                 self._block_scorer(asked).collect()
+                # Once it serves, a failure is one request's; here it is everybody's.
+                if self._block_scorer.failed:
+                    raise RuntimeError(
+                        f"--kv-policy {policy.name} cannot score; its error is above"
+                    )
                 self._windows.forget([""])
         for builder in self._builders:
             builder.warm_up()
@@ -159,6 +164,7 @@ class KVPolicyWorkerMixin(Worker):
     def _forget(self, scheduler_output: SchedulerOutput) -> None:
         gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
         self._windows.forget(gone)
+        self._block_scorer.forget(gone)
         for group in self._groups.values():
             for request_id in gone & group.evicted_tokens.keys():
                 del group.evicted_tokens[request_id]

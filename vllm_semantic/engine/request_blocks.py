@@ -1,0 +1,87 @@
+"""What the block manager knows of each request under a policy, and what it counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..messages import BlockIndices
+from ..policies import BlockBudget, KVPolicy
+from ..policies.selection import blocks_to_evict
+
+
+@dataclass
+class RequestBlocks:
+    """One request's state under the policy. Written by :class:`SemanticManager` only."""
+
+    kept: BlockIndices = field(default_factory=list)
+    """Logical indices of the full blocks held, as of the last eviction point."""
+
+    num_seen: int = 0
+    """Full blocks there were at the last eviction point, evicted ones included."""
+
+    num_exact_tokens: int | None = None
+    """Leading tokens computed before anything was evicted; ``None`` before that."""
+
+    scores: dict[int, dict[int, float]] = field(default_factory=dict)
+    """Scores by eviction point and logical index; used at most once."""
+
+    past_scores: dict[int, float] = field(default_factory=dict)
+    """By logical index, the scores of the last eviction and, as far as the policy's decay left
+    them, of those before; finite."""
+
+    num_fallbacks: int = 0
+    """Eviction points at which the policy failed and the oldest blocks went."""
+
+    def kept_at(self, num_full_blocks: int) -> BlockIndices:
+        """The full blocks held once ``num_full_blocks`` have been computed."""
+        return self.kept + list(range(self.num_seen, num_full_blocks))
+
+    def choose(
+        self,
+        policy: KVPolicy,
+        budget: BlockBudget,
+        kept: BlockIndices,
+        point: int,
+        extra_args: Mapping[str, Any],
+    ) -> BlockIndices:
+        """The blocks that go at an eviction point, as the policy has it.
+
+        Raises:
+            LookupError: the workers sent no scores.
+            ValueError: there is not one score for each block, or every score is NaN.
+            Exception: whatever a policy raises.
+        """
+        candidates = budget.candidates(kept)
+        if policy.scores_blocks:
+            scores = self._received(candidates, point, policy.decay)
+        else:
+            scores = policy.rank(candidates, point, extra_args)
+        if all(score != score for score in scores):
+            raise ValueError("every score is NaN")
+        return blocks_to_evict(kept, budget, scores)
+
+    def _received(self, candidates: Sequence[int], point: int, decay: float) -> Sequence[float]:
+        """What the workers sent, and what is left of earlier scores."""
+        found = self.scores.pop(point, {})
+        if not all(i in found for i in candidates):
+            raise LookupError("no scores came from the workers")
+        if decay:
+            past = self.past_scores
+            found = {i: score + decay * past.get(i, 0.0) for i, score in found.items()}
+            # What is not finite would never decay.
+            self.past_scores = {i: score for i, score in found.items() if math.isfinite(score)}
+        return [found[i] for i in candidates]
+
+
+@dataclass
+class EvictionStats:
+    """Counters of one manager and policy since the start of the engine."""
+
+    evicted_blocks: int = 0
+    scored_blocks: int = 0
+    evicting_requests: int = 0
+    fallbacks: int = 0
+    """Evictions by age where the policy should have chosen and failed."""
