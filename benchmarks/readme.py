@@ -43,6 +43,8 @@ def run() -> None:
             ("rules", "rules", _rules),
             ("variants", "variants", _variants),
             ("budgets", "budgets", _budgets),
+            ("prefill", "prefill", _rules),
+            ("study", "study", _quality),
         ],
     }
     for file, places in tables.items():
