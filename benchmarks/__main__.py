@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from . import demo, figures, gpu, quality, readme, shapes, variants
+from . import demo, figures, gpu, overhead, quality, readme, shapes, variants
 from .context import MODEL, RESULTS
 
 
@@ -34,6 +34,13 @@ def main() -> None:
     task.add_argument("--rounds", type=int, default=4)
     task.add_argument("--out", type=Path, default=RESULTS / "figures.json")
     task.add_argument("--only", action="append", help="measure this task alone; repeatable")
+
+    task = tasks.add_parser("overhead", help="a step on the host by batch size and context")
+    task.add_argument("--model", default=str(MODEL))
+    task.add_argument("--batches", type=_numbers, default=overhead.BATCHES)
+    task.add_argument("--contexts", type=_numbers, default=overhead.CONTEXTS)
+    task.add_argument("--rounds", type=int, default=9)
+    task.add_argument("--out", type=Path, default=RESULTS / "overhead.json")
 
     task = tasks.add_parser("quality", help="perplexity under each policy, with intervals")
     default = quality.Settings(str(MODEL))
@@ -82,6 +89,8 @@ def main() -> None:
         )
     elif args.task == "figures":
         figures.run(args.model, args.rounds, args.out, args.only)
+    elif args.task == "overhead":
+        overhead.run(args.model, args.batches, args.contexts, args.rounds, args.out)
     elif args.task == "quality":
         given = {f.name: getattr(args, f.name) for f in dataclasses.fields(quality.Settings)}
         options = {

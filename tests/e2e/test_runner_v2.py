@@ -19,7 +19,7 @@ from .. import interpreter
 SUITES = {
     "kernels": [
         "tests/interpreted/test_scoring.py",
-        "tests/unit/test_compaction.py",
+        "tests/unit/test_held_blocks.py",
         "tests/unit/test_scorer.py",
     ],
     "backend": ["tests/interpreted/test_triton_attn.py", "tests/interpreted/test_forcing.py"],

@@ -14,6 +14,7 @@ import numpy as np
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from vllm.v1.outputs import ModelRunnerOutput
 
+from vllm_semantic.engine.held_blocks import HeldBlocks
 from vllm_semantic.engine.query_windows import QueryWindows
 from vllm_semantic.messages import KVPolicyStep, attach_scores, step_of
 from vllm_semantic.policies import KVPolicy
@@ -116,9 +117,12 @@ class Slot(NamedTuple):
 class PagedWorker:
     """Does with a scheduler's output what the workers do, and checks every read and write."""
 
-    def __init__(self, block_size: int, num_queries: int, max_num_reqs: int) -> None:
+    def __init__(
+        self, block_size: int, num_queries: int, max_num_reqs: int, max_num_blocks: int
+    ) -> None:
         self.block_size = block_size
         self.windows = QueryWindows(num_queries, max_num_reqs)
+        self.held = HeldBlocks(max_num_reqs, max_num_blocks, block_size, 1)
         self.queries: dict[int, tuple[str, int]] = {}
         """Row of the query buffers -> request and position."""
         self.cache: dict[int, dict[int, Slot]] = {}
@@ -127,9 +131,12 @@ class PagedWorker:
 
     def execute(self, output: Any, requests: dict[str, Tokens]) -> ModelRunnerOutput:
         step = step_of(output) or KVPolicyStep()
-        self.windows.forget(output.finished_req_ids | (output.preempted_req_ids or set()))
+        gone = output.finished_req_ids | (output.preempted_req_ids or set())
+        self.windows.forget(gone)
+        self.held.forget(gone)
         self._apply_evictions(step)
         spans = self._update_rows(output, requests)
+        self._check_held({request_id: end for request_id, (_, end, _) in spans.items()})
         for request_id, (start, end, _) in spans.items():
             self._write(request_id, requests[request_id], start, end)
         for request_id, (_, end, _) in spans.items():
@@ -149,6 +156,21 @@ class PagedWorker:
             scores = {r: self._score(asked[r], r, requests[r], spans[r][1]) for r in asked}
             attach_scores(result, {0: scores})
         return result
+
+    def _check_held(self, seq_lens: dict[str, int]) -> None:
+        """The kernels get every block that a request holds, in order, and no other."""
+        held = self.held.rows(list(seq_lens), np.array(list(seq_lens.values())))
+        if held is None:
+            assert not any(self.gone[request_id] for request_id in seq_lens)
+            return
+        for request_id, columns, evicted in zip(
+            seq_lens, held.columns, held.evicted_tokens, strict=True
+        ):
+            row, num_tokens = self.rows[request_id], seq_lens[request_id] - evicted
+            kept = [i for i, block_id in enumerate(row) if block_id]
+            num_kept = -(-num_tokens // self.block_size)
+            assert columns[:num_kept].tolist() == kept[:num_kept]
+            assert num_tokens <= len(kept) * self.block_size
 
     def _keep_queries(self, spans: dict[str, tuple[int, int]]) -> None:
         starts = np.cumsum([0, *(end - start for start, end in spans.values())])
@@ -175,6 +197,7 @@ class PagedWorker:
                 assert row[block] != 0, f"{request_id}: block {block} evicted twice"
                 row[block] = 0
             self.gone[request_id] |= set(blocks)
+            self.held.evict(request_id, blocks)
 
     def _update_rows(
         self, output: Any, requests: dict[str, Tokens]

@@ -156,7 +156,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.stock = make_scheduler(stock, vllm_config, full, num_blocks)
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(BLOCK_SIZE, sha256) if self.caching else None
-        self.worker = PagedWorker(BLOCK_SIZE, self.served.num_queries, MAX_REQUESTS)
+        self.worker = PagedWorker(BLOCK_SIZE, self.served.num_queries, MAX_REQUESTS, least)
         self.hashes = PrefixOfHash(BLOCK_SIZE)
         self.in_flight: deque[tuple[Any, Any, Any]] = deque()
         self.tokens: dict[str, Tokens] = {}

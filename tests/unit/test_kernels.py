@@ -10,21 +10,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 
-from vllm_semantic.ops.kernels import compaction, scoring
+from vllm_semantic.ops.kernels import scoring
 
 ARCHITECTURES = [80, 90, 100]
 
-
-COMPACT = {
-    "table": "*i32",
-    "seq_lens": "*i32",
-    "out_table": "*i32",
-    "out_seq_lens": "*i32",
-    "table_stride": "i32",
-    "out_stride": "i32",
-    "num_columns": "i32",
-    "num_null_ids": "i32",
-}
 SCORE = {
     "out": "*fp32",
     "rows": "*i64",
@@ -56,11 +45,6 @@ def compiles(kernel: Any, signature: dict[str, str], capability: int, **constant
     )
     compiled = triton_compile(source, target=GPUTarget("cuda", capability, 32))
     assert f"sm_{capability}" in compiled.asm["ptx"]
-
-
-@pytest.mark.parametrize("capability", ARCHITECTURES)
-def test_compaction_compiles(capability: int) -> None:
-    compiles(compaction.compact_kernel, COMPACT, capability, BLOCK_SIZE=16, CHUNK=compaction.CHUNK)
 
 
 @for_every_cache

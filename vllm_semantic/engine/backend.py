@@ -18,14 +18,13 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from ..ops.compaction import compact_block_table
+from .held_blocks import HeldRows
 from .query_windows import QueryWindows
 
 WRAPPED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "XFORMERS")
 
-EvictedTokens = Callable[[CommonAttentionMetadata], "np.ndarray | None"]
-"""Says how many tokens each row of a batch has lost, ``[num_reqs]`` int32 on the host;
-``None`` if none has."""
+HeldRowsOf = Callable[[CommonAttentionMetadata], "HeldRows | None"]
+"""Says which entries of their block tables the rows of a batch hold; ``None`` for all."""
 
 QueryRows = Callable[[CommonAttentionMetadata], "np.ndarray | None"]
 """Says which queries of a batch to keep and where, see ``QueryWindows.place``; ``None`` for a
@@ -48,7 +47,6 @@ class StepBuffers:
     Args:
         max_num_reqs: rows.
         max_num_blocks: the most kernel blocks that one request keeps.
-        num_null_ids: kernel block ids below this are the null block.
         windows: where queries are kept; ``None`` where none are.
         device: of the KV cache.
     """
@@ -57,11 +55,9 @@ class StepBuffers:
         self,
         max_num_reqs: int,
         max_num_blocks: int,
-        num_null_ids: int,
         windows: QueryWindows | None,
         device: torch.device,
     ) -> None:
-        self.num_null_ids = num_null_ids
         self.windows = windows
         self.block_table = torch.zeros(
             max_num_reqs, max_num_blocks, dtype=torch.int32, device=device
@@ -80,7 +76,7 @@ class CompactingBuilder:
     buffers: StepBuffers | None = None
     """Written by the worker once the KV cache exists; ``None`` for layers without a policy."""
 
-    evicted_tokens: EvictedTokens
+    held_rows: HeldRowsOf
     """Written by the worker with :attr:`buffers`."""
 
     query_rows: QueryRows
@@ -100,9 +96,9 @@ class CompactingBuilder:
     ) -> Any:
         common, kept_queries = common_attn_metadata, None
         if self.buffers is not None:
-            evicted = self.evicted_tokens(common)
-            if evicted is not None:
-                common = self._compact(common, self.buffers, evicted)
+            held = self.held_rows(common)
+            if held is not None:
+                common = self._compact(common, self.buffers, held)
             elif self.captured:
                 common = self._stage(common, self.buffers)
             windows = self.buffers.windows
@@ -120,20 +116,6 @@ class CompactingBuilder:
         self.captured = True
         return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
 
-    def warm_up(self) -> None:
-        """Run the compaction once, on an empty row."""
-        assert self.buffers is not None
-        block_table, seq_lens = self._rows(self.buffers, 1)
-        compact_block_table(
-            torch.zeros_like(block_table),
-            torch.zeros_like(seq_lens),
-            self.kv_cache_spec.block_size,  # type: ignore[attr-defined]
-            1,
-            self.buffers.num_null_ids,
-            block_table,
-            seq_lens,
-        )
-
     def _kept_queries(
         self, common: CommonAttentionMetadata, buffer: torch.Tensor, spare_row: int
     ) -> KeptQueries:
@@ -150,22 +132,25 @@ class CompactingBuilder:
         return KeptQueries(staged[0], staged[1])
 
     def _compact(
-        self, common: CommonAttentionMetadata, buffers: StepBuffers, evicted: np.ndarray
+        self, common: CommonAttentionMetadata, buffers: StepBuffers, held: HeldRows
     ) -> CommonAttentionMetadata:
-        """The batch without evicted blocks; the host knows the lengths without asking."""
+        """The batch without evicted blocks; the host knows the lengths without asking.
+
+        Keys are cached after RoPE, so the order and positions of what is kept do not change, and
+        a request's newest tokens, never evicted, stay last: bottom-right causal masks hold.
+        """
         upper_bound = common.seq_lens_cpu_upper_bound
         assert upper_bound is not None
-        lengths = upper_bound - torch.from_numpy(evicted)
+        lengths = upper_bound - torch.from_numpy(held.evicted_tokens)
         block_table, seq_lens = self._rows(buffers, common.num_reqs)
-        compact_block_table(
-            common.block_table_tensor,
-            common.seq_lens,
-            self.kv_cache_spec.block_size,  # type: ignore[attr-defined]
-            common.max_seq_len,
-            buffers.num_null_ids,
-            block_table,
-            seq_lens,
-        )
+        table = common.block_table_tensor
+        # Behind a sequence's end a column may lie behind the table's too.
+        columns = np.minimum(held.columns, table.shape[1] - 1)
+        both = np.column_stack((held.evicted_tokens, columns))
+        evicted_and_columns = async_tensor_h2d(both, table.device, torch.int64)
+        evicted, columns = evicted_and_columns[:, 0], evicted_and_columns[:, 1:]
+        torch.gather(table, 1, columns, out=block_table[:, : columns.shape[1]])
+        torch.sub(common.seq_lens, evicted, out=seq_lens)
         return common.replace(
             block_table_tensor=block_table,
             seq_lens=seq_lens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from ..messages import KVPolicyStep, ScoreRequest, attach_scores, step_of
 from ..served import CONFIG_KEY, ServedPolicies
 from .backend import CapturingImpl, CompactingBuilder, StepBuffers
 from .cached_kv import CachedKV, Places, stack_layers
+from .held_blocks import HeldBlocks, HeldRows
 from .query_windows import QueryWindows
 from .runner import access
 from .scorer import BlockScorer, PendingScores, ScoredLayers
@@ -34,18 +34,6 @@ if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, or INFO is lost
-
-
-@dataclass
-class PolicyGroup:
-    """A KV cache group under the policy, as a worker sees it."""
-
-    block_size: int
-    kernel_blocks: int
-    """Kernel blocks in a block of the manager."""
-
-    evicted_tokens: dict[str, int] = field(default_factory=dict)
-    """What each running request has lost. Written by the worker before each step."""
 
 
 class ScoredAsyncOutput(AsyncModelRunnerOutput):
@@ -89,7 +77,7 @@ class KVPolicyWorkerMixin(Worker):
         """
         super().initialize_from_config(kv_cache_config)
         self._builders: list[CompactingBuilder] = []
-        self._groups: dict[int, PolicyGroup] = {}
+        self._held: dict[int, HeldBlocks] = {}
         self._scores: PendingScores | None = None
         self._in_step = False
         self._windows = QueryWindows(
@@ -105,7 +93,7 @@ class KVPolicyWorkerMixin(Worker):
         )
         backends = {
             attn_group.backend.__name__
-            for group_id in self._groups
+            for group_id in self._held
             for attn_group in self.model_runner.attn_groups[group_id]
         }
         logger.info_once(
@@ -117,9 +105,9 @@ class KVPolicyWorkerMixin(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         """Compile the policy's kernels too, before a request needs them."""
-        for group_id, group in self._groups.items():
+        for group_id, held in self._held.items():
             for policy in self.served_policies.rules:
-                asked = {group_id: {"": ScoreRequest(policy, group.block_size, [0], [0])}}
+                asked = {group_id: {"": ScoreRequest(policy, held.block_size, [0], [0])}}
                 self._block_scorer(asked).collect()
                 # Once it serves, a failure is one request's; here it is everybody's.
                 if self._block_scorer.failed:
@@ -127,13 +115,11 @@ class KVPolicyWorkerMixin(Worker):
                         f"--kv-policy {policy.name} cannot score; its error is above"
                     )
                 self._windows.forget([""])
-        for builder in self._builders:
-            builder.warm_up()
         return super().compile_or_warm_up_model()
 
     @with_gpu_sync_check  # VLLM_GPU_SYNC_CHECK holds us to what vLLM holds itself to
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """Empty the evicted entries of the block tables, run, and score what was asked."""
+        """Note what was evicted, run, and score what was asked."""
         step = step_of(scheduler_output) or KVPolicyStep()
         self._forget(scheduler_output)
         self._apply_evictions(step)
@@ -165,17 +151,13 @@ class KVPolicyWorkerMixin(Worker):
         gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
         self._windows.forget(gone)
         self._block_scorer.forget(gone)
-        for group in self._groups.values():
-            for request_id in gone & group.evicted_tokens.keys():
-                del group.evicted_tokens[request_id]
+        for held in self._held.values():
+            held.forget(gone)
 
     def _apply_evictions(self, step: KVPolicyStep) -> None:
         for group_id, evictions in step.evictions.items():
-            group = self._groups[group_id]
-            self.runner_access.null_blocks(group_id, evictions, group.kernel_blocks)
-            evicted = group.evicted_tokens
             for request_id, blocks in evictions.items():
-                evicted[request_id] = evicted.get(request_id, 0) + len(blocks) * group.block_size
+                self._held[group_id].evict(request_id, blocks)
 
     def _begin_step(self, keeps_queries: bool) -> None:
         self._in_step = True
@@ -199,16 +181,14 @@ class KVPolicyWorkerMixin(Worker):
             common.seq_lens_cpu_upper_bound.numpy(),
         )
 
-    def _evicted_tokens(
-        self, group: PolicyGroup, common: CommonAttentionMetadata
-    ) -> np.ndarray | None:
-        """What each row of the batch has lost, see :data:`~.backend.EvictedTokens`."""
-        if not self._in_step or not group.evicted_tokens:
+    def _held_rows(self, held: HeldBlocks, common: CommonAttentionMetadata) -> HeldRows | None:
+        """What each row of the batch holds, see :data:`~.backend.HeldRowsOf`."""
+        if not self._in_step or not held:
             return None
-        tokens = np.zeros(common.num_reqs, dtype=np.int32)
-        for row, request_id in enumerate(self.runner_access.batch_order(common)):
-            tokens[row] = group.evicted_tokens.get(request_id, 0)
-        return tokens
+        assert common.seq_lens_cpu_upper_bound is not None
+        return held.rows(
+            self.runner_access.batch_order(common), common.seq_lens_cpu_upper_bound.numpy()
+        )
 
     def _mean_over_ranks(self, scores: torch.Tensor) -> torch.Tensor:
         """Every rank holds some of the KV heads, an equal number each."""
@@ -230,13 +210,18 @@ class KVPolicyWorkerMixin(Worker):
                 self.vllm_config, Attention, attn_group.layer_names
             ).values()
             kernel_blocks = spec.block_size // next(iter(layers)).kv_cache.shape[2]
-            group = self._groups.setdefault(group_id, PolicyGroup(spec.block_size, kernel_blocks))
+            max_num_blocks = self._max_num_blocks(spec) * kernel_blocks
+            max_num_reqs = self.scheduler_config.max_num_seqs
+            held = self._held.setdefault(
+                group_id,
+                HeldBlocks(max_num_reqs, max_num_blocks, spec.block_size, kernel_blocks),
+            )
             for builder in attn_group.metadata_builders:
                 if not isinstance(builder, CompactingBuilder):
                     raise RuntimeError(f"--kv-policy: {type(builder).__name__} is not wrapped")
                 if self.served_policies.bounded:
-                    builder.buffers = self._step_buffers(spec, kernel_blocks)
-                    builder.evicted_tokens = partial(self._evicted_tokens, group)
+                    builder.buffers = self._step_buffers(max_num_blocks)
+                    builder.held_rows = partial(self._held_rows, held)
                     builder.query_rows = self._query_rows
                     self._builders.append(builder)
             if self.served_policies.rules:
@@ -246,15 +231,16 @@ class KVPolicyWorkerMixin(Worker):
                     scored += self._connect_layers(list(alike), kernel_blocks)
         return scored
 
-    def _step_buffers(self, spec: SemanticSpec, kernel_blocks: int) -> StepBuffers:
+    def _max_num_blocks(self, spec: SemanticSpec) -> int:
+        """The most blocks that a request holds."""
         max_model_len = self.model_config.max_model_len
-        num_blocks = spec.max_num_blocks_per_req(self.vllm_config, max_model_len)
-        if spec.max_admission_blocks is not None:
-            num_blocks = min(num_blocks, spec.max_admission_blocks)
+        most = spec.max_num_blocks_per_req(self.vllm_config, max_model_len)
+        return most if spec.max_admission_blocks is None else min(most, spec.max_admission_blocks)
+
+    def _step_buffers(self, max_num_blocks: int) -> StepBuffers:
         return StepBuffers(
             self.scheduler_config.max_num_seqs,
-            num_blocks * kernel_blocks,
-            num_null_ids=kernel_blocks,
+            max_num_blocks,
             windows=self._windows if self.served_policies.rules else None,
             device=self.model_runner.device,
         )

@@ -1,0 +1,142 @@
+"""What the plugin adds to a step on the host, by batch size and context: no model, no kernels."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .context import MODEL, RESULTS, context
+
+BLOCK_SIZE = 32
+TOKENS_PER_STEP = 4096
+BATCHES = (1, 8, 32, 128)
+CONTEXTS = (512, 2048, 8192, 32768)
+SIDES: dict[str, dict[str, Any] | None] = {
+    "stock": None,
+    "semantic": {"name": "semantic"},
+    "ample": {"name": "semantic", "semantic_tokens": 1 << 20},
+}
+"""``ample``: a budget that is never reached."""
+
+
+def run(
+    model: str = str(MODEL),
+    batches: tuple[int, ...] = BATCHES,
+    contexts: tuple[int, ...] = CONTEXTS,
+    rounds: int = 9,
+    out: Path = RESULTS / "overhead.json",
+) -> dict[str, Any]:
+    """Measure every batch size at every context and write it with its settings.
+
+    A round is a block's worth of steps, in which every request loses one block. Prompts are
+    staggered, so that requests evict at different steps. Seconds are of the thread's own CPU
+    time: what else runs on the machine counts little.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    console = Console()
+    cells = []
+    for num_reqs in batches:
+        for num_tokens in contexts:
+            cells.append(_cell(model, num_reqs, num_tokens, rounds))
+            console.print(f"{num_reqs} requests of {num_tokens} tokens")
+    report = {
+        "context": context(
+            model, rounds=rounds, block_size=BLOCK_SIZE, sides=SIDES, clock="thread CPU time"
+        ),
+        "cells": cells,
+        "growth": growth(cells),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    console.print(_table(report))
+    return report
+
+
+def _cell(model: str, num_reqs: int, num_tokens: int, rounds: int) -> dict[str, Any]:
+    """All sides at one size, in turns."""
+    from .host import Host
+
+    prompts = [[8] * (num_tokens - BLOCK_SIZE + i % BLOCK_SIZE) for i in range(num_reqs)]
+    # The first to be read decode on while the last are read.
+    num_reading = num_reqs * (num_tokens // TOKENS_PER_STEP + 2)
+    sides = {}
+    for name, policy in SIDES.items():
+        sides[name] = Host(
+            model,
+            policy,
+            num_reqs,
+            num_tokens + num_reading + rounds * BLOCK_SIZE,
+            block_size=BLOCK_SIZE,
+            max_num_batched_tokens=TOKENS_PER_STEP,
+            skip_tokenizer_init=True,
+            hf_overrides={"max_position_embeddings": 2 * max(CONTEXTS)},
+        )
+        sides[name].start(prompts)
+    gc.collect()
+    gc.freeze()  # as vLLM does once an engine has started
+    seconds: dict[str, list[Any]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            seconds[name].append(side.steps(BLOCK_SIZE))
+    gc.unfreeze()
+    microseconds = {
+        name: {
+            part: 1e6 * statistics.median(getattr(of, part) for of in measured)
+            for part in ("scheduler", "worker")
+        }
+        for name, measured in seconds.items()
+    }
+    added = {
+        name: statistics.median(
+            1e6 * (sum(ours) - sum(stock))
+            for ours, stock in zip(measured, seconds["stock"], strict=True)
+        )
+        for name, measured in seconds.items()
+        if name != "stock"
+    }
+    return {
+        "num_reqs": num_reqs,
+        "num_tokens": num_tokens,
+        "microseconds": microseconds,
+        "added_microseconds": added,
+        "scheduler_ratio": statistics.median(
+            ours.scheduler / stock.scheduler
+            for ours, stock in zip(seconds["semantic"], seconds["stock"], strict=True)
+        ),
+        "evicted_blocks": sides["semantic"].evicted_blocks(),
+    }
+
+
+def growth(cells: list[dict[str, Any]]) -> dict[str, float]:
+    """By batch size: what the policy adds at the longest context over the shortest."""
+    added: dict[int, list[float]] = {}
+    for cell in cells:
+        added.setdefault(cell["num_reqs"], []).append(cell["added_microseconds"]["semantic"])
+    return {str(num_reqs): values[-1] / values[0] for num_reqs, values in added.items()}
+
+
+def _table(report: dict[str, Any]) -> Table:
+    table = Table(title="Microseconds a step on the host")
+    for name in ("requests", "context", "scheduler", "semantic", "over stock"):
+        table.add_column(name, justify="right")
+    for name in ("added in all", "added, ample"):
+        table.add_column(name, justify="right")
+    for cell in report["cells"]:
+        times, added = cell["microseconds"], cell["added_microseconds"]
+        table.add_row(
+            str(cell["num_reqs"]),
+            str(cell["num_tokens"]),
+            f"{times['stock']['scheduler']:.0f}",
+            f"{times['semantic']['scheduler']:.0f}",
+            f"{cell['scheduler_ratio']:.3f}",
+            f"{added['semantic']:.0f}",
+            f"{added['ample']:.0f}",
+        )
+    return table

@@ -1,0 +1,102 @@
+"""Which entries of its block table a request still holds: block tables without holes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..messages import BlockIndices
+
+
+class HeldRows(NamedTuple):
+    """What the rows of a batch hold."""
+
+    columns: np.ndarray
+    """``[num_reqs, num_columns]`` int32, ascending: which entries of its own table make up each
+    row. Behind a sequence's end they name entries that are not in use."""
+
+    evicted_tokens: np.ndarray
+    """``[num_reqs]`` int32, tokens that each row has lost."""
+
+
+class HeldBlocks:
+    """The blocks that the requests of a KV cache group hold, by their place in their tables.
+
+    vLLM's own tables only ever grow, and keep naming what was evicted. What is held changes
+    when a request loses blocks, and is looked up in between: a step costs what is held, however
+    much was computed. Written by the worker, in kernel blocks.
+
+    Args:
+        max_num_reqs: requests at a time.
+        max_num_blocks: the most kernel blocks that one request holds.
+        block_size: tokens of a block of the manager.
+        kernel_blocks: kernel blocks in a block of the manager.
+    """
+
+    def __init__(
+        self, max_num_reqs: int, max_num_blocks: int, block_size: int, kernel_blocks: int
+    ) -> None:
+        self.block_size = block_size
+        self.kernel_blocks = kernel_blocks
+        self._kernel_block_size = block_size // kernel_blocks
+        # Row 0 is that of requests that have lost nothing. Behind what was the last full block
+        # at a request's last eviction its columns are consecutive.
+        self._columns = np.empty((max_num_reqs + 1, max_num_blocks), dtype=np.int32)
+        self._columns[0] = np.arange(max_num_blocks)
+        self._evicted_tokens = np.zeros(max_num_reqs + 1, dtype=np.int32)
+        self._rows: dict[str, int] = {}
+        self._free = list(range(max_num_reqs, 0, -1))
+
+    def __bool__(self) -> bool:
+        """Whether any request has lost a block."""
+        return bool(self._rows)
+
+    def evict(self, request_id: str, block_indices: BlockIndices) -> None:
+        """A request loses blocks.
+
+        Args:
+            request_id: a running request.
+            block_indices: logical blocks of the manager that it holds.
+        """
+        row = self._rows.get(request_id)
+        if row is None:
+            row = self._rows[request_id] = self._free.pop()
+            self._columns[row] = self._columns[0]
+        columns = self._columns[row]
+        first = np.multiply(block_indices, self.kernel_blocks)
+        gone = np.add.outer(first, np.arange(self.kernel_blocks)).flatten()
+        places = np.searchsorted(columns, gone)
+        assert np.array_equal(columns[places], gone), "evicted, but not held"
+        left = np.delete(columns, places)
+        columns[: len(left)] = left
+        columns[len(left) :] = columns[-1] + 1 + np.arange(gone.size)
+        self._evicted_tokens[row] += len(block_indices) * self.block_size
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Give up what is known of requests that are gone or were preempted."""
+        for request_id in request_ids:
+            if request_id in self._rows:
+                row = self._rows.pop(request_id)
+                self._evicted_tokens[row] = 0
+                self._free.append(row)
+
+    def rows(self, request_ids: Sequence[str], seq_lens: np.ndarray) -> HeldRows | None:
+        """What a batch holds.
+
+        Args:
+            request_ids: the batch's requests, row by row.
+            seq_lens: ``[num_reqs]``, tokens of each once the step has run, evicted ones too;
+                rows that pad the batch come last.
+
+        Returns:
+            As many columns as the longest row needs; ``None`` if no row has lost a block.
+        """
+        rows = np.zeros(len(seq_lens), dtype=np.int64)
+        rows[: len(request_ids)] = [self._rows.get(request_id, 0) for request_id in request_ids]
+        if not rows.any():
+            return None
+        evicted = self._evicted_tokens[rows]
+        num_columns = -(-int((seq_lens - evicted).max()) // self._kernel_block_size)
+        return HeldRows(self._columns[:, :num_columns][rows], evicted)
