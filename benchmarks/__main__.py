@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from . import demo, figures, gpu, overhead, quality, readme, shapes, variants
+from . import capacity, demo, figures, gpu, overhead, quality, readme, shapes, variants
 from .context import MODEL, RESULTS
 
 
@@ -34,6 +34,13 @@ def main() -> None:
     task.add_argument("--rounds", type=int, default=4)
     task.add_argument("--out", type=Path, default=RESULTS / "figures.json")
     task.add_argument("--only", action="append", help="measure this task alone; repeatable")
+
+    task = tasks.add_parser("capacity", help="requests and tokens a second on a given KV memory")
+    task.add_argument("--model", default=str(MODEL))
+    task.add_argument("--contexts", type=_numbers, default=capacity.CONTEXTS)
+    task.add_argument("--rounds", type=int, default=3)
+    task.add_argument("--max-prompt-tokens", type=int, default=1 << 17)
+    task.add_argument("--out", type=Path, default=RESULTS / "capacity.json")
 
     task = tasks.add_parser("overhead", help="a step on the host by batch size and context")
     task.add_argument("--model", default=str(MODEL))
@@ -89,6 +96,8 @@ def main() -> None:
         )
     elif args.task == "figures":
         figures.run(args.model, args.rounds, args.out, args.only)
+    elif args.task == "capacity":
+        capacity.run(args.model, args.contexts, args.rounds, args.max_prompt_tokens, args.out)
     elif args.task == "overhead":
         overhead.run(args.model, args.batches, args.contexts, args.rounds, args.out)
     elif args.task == "quality":

@@ -92,6 +92,21 @@ class EngineSide:
         self, prompts: list[list[int]], num_steps: int, instrument: bool = False
     ) -> dict[str, float]:
         """Mean seconds of a step in which every request decodes one token."""
+        self.start_decoding(prompts, num_steps)
+        clocks = self._instrument() if instrument else {}
+        seconds = self.decode(num_steps)
+        shares = {name: clock.seconds / seconds for name, clock in clocks.items()}
+        for clock in clocks.values():
+            clock.remove()
+        self.stop_decoding()
+        return {"seconds": seconds / num_steps, **shares}
+
+    def start_decoding(self, prompts: list[list[int]], num_steps: int) -> None:
+        """Read prompts until every request decodes; each may then decode ``num_steps`` tokens.
+
+        Raises:
+            RuntimeError: the KV pool does not hold all requests at once.
+        """
         from vllm import SamplingParams
 
         # The first to be read decode on while the last are read.
@@ -101,27 +116,28 @@ class EngineSide:
             max_tokens=num_steps + num_reading, temperature=0, ignore_eos=True, detokenize=False
         )
         engine = self.llm.llm_engine
-        request_ids = [str(i) for i in range(len(prompts))]
-        for request_id, prompt in zip(request_ids, _prompts(prompts), strict=True):
-            engine.add_request(request_id, prompt, params)
+        for i, prompt in enumerate(_prompts(prompts)):
+            engine.add_request(str(i), prompt, params)
         while any(request.is_prefill_chunk for request in self.scheduler.running) or (
             len(self.scheduler.running) < len(prompts)
         ):
             engine.step()
             if not engine.has_unfinished_requests():
                 raise RuntimeError(f"the KV pool does not hold {len(prompts)} requests at once")
-        clocks = self._instrument() if instrument else {}
+
+    def decode(self, num_steps: int) -> float:
+        """Seconds of some steps of the requests that were started."""
         start = time.perf_counter()
         for _ in range(num_steps):
-            engine.step()
-        seconds = time.perf_counter() - start
-        shares = {name: clock.seconds / seconds for name, clock in clocks.items()}
-        for clock in clocks.values():
-            clock.remove()
-        engine.abort_request(request_ids)
+            self.llm.llm_engine.step()
+        return time.perf_counter() - start
+
+    def stop_decoding(self) -> None:
+        """Abort the requests that were started."""
+        engine = self.llm.llm_engine
+        engine.abort_request([request.request_id for request in self.scheduler.running])
         while engine.has_unfinished_requests():
             engine.step()
-        return {"seconds": seconds / num_steps, **shares}
 
     def nll(
         self,
@@ -267,6 +283,20 @@ class EngineSide:
         version = "V2" if config.use_v2_model_runner else "V1"
         ahead = "async" if config.scheduler_config.async_scheduling else "sync"
         return f"{version}, {ahead}, {'+'.join(backends)}, CUDA graphs {mode.name}"
+
+    def fits(self, num_tokens: int) -> int:
+        """How many requests of so many tokens the KV pool holds while they decode."""
+        pool, config = self.scheduler.kv_cache_manager.block_pool, self.worker.vllm_config
+        held = -(-num_tokens // config.cache_config.block_size)
+        num_blocks = pool.num_gpu_blocks - 1
+        for manager in getattr(self.scheduler, "kv_policy_managers", {}).values():
+            policy, spec = manager.default_policy, manager.kv_cache_spec
+            if policy.bounded:
+                budget = policy.budget(spec.block_size).total
+                held = min(held, budget + 1)
+                # What one step reads of prompts lies beside the budgets.
+                num_blocks -= spec.max_admission_blocks - budget - 1
+        return int(num_blocks // held)
 
     def stats(self) -> dict[str, Any]:
         """What the policy did so far, and the memory of the weights in bytes."""
