@@ -179,12 +179,13 @@ assert manager.__name__ == "FullAttentionManager", manager
     assert run.returncode == 0, run.stderr
 
 
-def test_the_manager_takes_the_bound_from_the_spec() -> None:
-    """vLLM passes an admission cap to its own spec types only."""
+def test_an_admission_asks_for_no_more_than_a_request_may_hold() -> None:
+    """Whatever it asked for itself; vLLM has one cap for all, and for its own specs only."""
     from vllm.v1.core.block_pool import BlockPool
 
     pool = BlockPool(num_gpu_blocks=4, enable_caching=True, hash_block_size=32)
-    for policy, bound in ((SemanticPolicy(), 26), (FullPolicy(), None)):
+    small = SemanticPolicy(semantic_tokens=64)
+    for policy, bound, bound_of_small in ((SemanticPolicy(), 26, 22), (FullPolicy(), 128, 22)):
         manager = get_manager_for_kv_cache_spec(
             under(policy),
             max_in_flight_tokens=512,
@@ -195,7 +196,12 @@ def test_the_manager_takes_the_bound_from_the_spec() -> None:
             scheduler_block_size=32,
         )
         assert type(manager) is SemanticManager
-        assert manager.max_admission_blocks_per_request == bound
+        manager.requests = {"small": SimpleNamespace(kv_policy=small), "other": SimpleNamespace()}
+        for request_id, most in (("small", bound_of_small), ("other", bound)):
+            for capped, expected in ((True, most), (False, 128)):
+                assert expected == manager.get_num_blocks_to_allocate(
+                    request_id, 4096, [], 0, 0, 4096, apply_admission_cap=capped
+                )
 
 
 def test_a_block_size_too_coarse_for_the_policy_is_refused() -> None:
