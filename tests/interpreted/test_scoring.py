@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_semantic.engine.cached_kv import CachedKV
 from vllm_semantic.ops.cached_blocks import CachedBlocks
 from vllm_semantic.ops.kernels import scoring
-from vllm_semantic.ops.scoring import cached_attention, mean_key_cosine
+from vllm_semantic.ops.scoring import block_logsumexp, cached_attention, mean_key_cosine
 from vllm_semantic.policies import BlockView
 
 
@@ -62,6 +63,7 @@ def score_both(
         requests=torch.arange(len(ids)),
         first_positions=torch.zeros(len(ids), dtype=torch.int64),
         scale=1.0,
+        gather_keys=pytest.fail,
     )
     scores = scoring.mean_key_cosine(cached)
     expected = reference(queries, rows, keys, block_ids, kernel_blocks)
@@ -107,7 +109,8 @@ def test_zero_vectors_have_no_direction() -> None:
     queries = torch.zeros(1, 1, 2, 64)
     keys = torch.zeros(1, 2, 2, 16, 64)
     zero = torch.zeros(1, dtype=torch.int64)
-    cached = CachedBlocks(queries, zero.view(1, 1), zero, keys, 1, zero, zero, zero, 1.0)
+    places = (zero, zero, zero)
+    cached = CachedBlocks(queries, zero.view(1, 1), zero, keys, 1, *places, 1.0, pytest.fail)
     assert scoring.mean_key_cosine(cached).tolist() == [[0.0]]
 
 
@@ -129,8 +132,8 @@ def attention_both(
     num_ids = sum(len(blocks) for blocks, _ in held) + 1
     queries = torch.randn(num_layers, num_rows, num_heads, head_size, generator=generator)
     shape = (num_layers, num_ids * kernel_blocks, num_kv_heads, block_size, head_size)
-    keys = torch.randn(*shape[:4], 2 * head_size, generator=generator)[..., :head_size]
-    queries, keys = queries.to(dtype), keys.to(dtype)
+    kv_cache = torch.randn(*shape[:4], 2 * head_size, generator=generator).to(dtype)
+    queries, keys = queries.to(dtype), kv_cache[..., :head_size]
     block_ids = torch.randperm(num_ids, generator=generator)[: num_ids - 1]
     requests = torch.tensor([i for i, (blocks, _) in enumerate(held) for _ in blocks])
     indices = torch.tensor([block for blocks, _ in held for block in blocks])
@@ -149,15 +152,23 @@ def attention_both(
         requests,
         indices * size,
         head_size**-0.5,
+        gather_keys=CachedKV(kv_cache, head_size, kernel_blocks).gather_keys,
     )
+    kernel = scoring.block_logsumexp(cached)
+    # The same in plain torch: minus infinity in the same places, and elsewhere as below.
+    torch.testing.assert_close(kernel, block_logsumexp(cached), rtol=2**-16, atol=2**-16)
     scores = cached_attention(cached)
-    assert scores is not None
     for i, num in enumerate(num_tokens):
         mine = requests == i
         kernel_ids = block_ids[mine].unsqueeze(1) * kernel_blocks + torch.arange(kernel_blocks)
         gathered = keys[:, kernel_ids].transpose(2, 3).flatten(3, 4).float()
         view = BlockView(
-            queries[:, windows[i]].float(), gathered, gathered, indices[mine], num, head_size**-0.5
+            queries[:, windows[i]].float(),
+            gathered,
+            gathered.clone,
+            indices[mine],
+            num,
+            head_size**-0.5,
         )
         expected = view.attention().sum(4).mean((1, 2))
         # Both sum in float32: a logit's error is relative to what attention multiplies with.

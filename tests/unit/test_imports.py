@@ -73,7 +73,8 @@ from vllm_semantic.policies import BlockView
 import torch
 policy = ServedPolicies.from_config({{"name": "semantic", "semantic_tokens": 96}}).default
 keys = torch.ones(1, 2, 2, 16, 8)
-scores = policy.score(BlockView(torch.ones(1, 1, 4, 8), keys, keys, torch.arange(2), 32, 1.0))
+view = BlockView(torch.ones(1, 1, 4, 8), keys, keys.clone, torch.arange(2), 32, 1.0)
+scores = policy.score(view)
 print(policy.budget(32).total, scores.shape[1], KVPolicyStep().evictions)
 """
     assert run_python(code, repo) == "6 2 {}"

@@ -122,9 +122,8 @@ def test_candidates_are_neither_sink_nor_recent(
 
 
 def test_policies_without_a_score_refuse_to_score() -> None:
-    view = BlockView(
-        torch.ones(1, 1, 2, 4), *[torch.ones(1, 1, 1, 3, 4)] * 2, torch.tensor([0]), 3, 0.5
-    )
+    keys = torch.ones(1, 1, 1, 3, 4)
+    view = BlockView(torch.ones(1, 1, 2, 4), keys, keys.clone, torch.tensor([0]), 3, 0.5)
     for policy in (FullPolicy(), StreamingPolicy()):
         with pytest.raises(TypeError, match=f"policy '{policy.name}' keeps blocks by age"):
             policy.score(view)
@@ -139,7 +138,7 @@ def test_attention_is_causal_and_adds_up_to_one() -> None:
     view = BlockView(
         queries=torch.randn(2, 3, 4, 8),
         keys=torch.randn(2, 3, 2, size, 8),
-        values=torch.randn(2, 3, 2, size, 8),
+        read_values=pytest.fail,
         block_indices=torch.tensor([0, 3, 5]),
         num_tokens=num_tokens,
         scale=0.5,

@@ -45,6 +45,10 @@ class SemanticManager(FullAttentionManager):
         self.stats_by_policy: defaultdict[str, EvictionStats] = defaultdict(EvictionStats)
         self.requests: Mapping[str, Request] = {}
         """The scheduler's live requests by id. Written by the scheduler."""
+        self.quiet_until: dict[str, float] = {}
+        """By request, the computed tokens up to which nothing is asked of the workers for it."""
+        self._points: dict[str, float] = {}
+        """By request, the next point at which blocks have to go; an eviction only moves it on."""
         self._requests: dict[str, RequestBlocks] = {}
         self._evictions: dict[str, BlockIndices] = {}
 
@@ -97,13 +101,15 @@ class SemanticManager(FullAttentionManager):
             num_computed: tokens computed before the chunk.
             num_new: tokens of the chunk.
         """
-        policy = policy_of(request, self.default_policy)
-        if not (policy.bounded and policy.scores_blocks):
-            return False
-        point = self._next_over_budget_point(
-            request.request_id, num_computed, request.num_prompt_tokens
-        )
-        return num_computed + num_new > point - policy.num_queries
+        request_id = request.request_id
+        if num_computed >= self._points.get(request_id, 0):
+            policy, point = policy_of(request, self.default_policy), math.inf
+            if policy.bounded and policy.scores_blocks:
+                num_prompt = request.num_prompt_tokens
+                point = self._next_over_budget_point(request_id, num_computed, num_prompt)
+            self._points[request_id] = point
+            self.quiet_until[request_id] = point - policy.num_queries
+        return num_computed + num_new > self.quiet_until[request_id]
 
     def score_request(self, request: Request, num_computed: int) -> ScoreRequest | None:
         """Ask for scores if the step just scheduled ends where blocks have to go.
@@ -215,6 +221,8 @@ class SemanticManager(FullAttentionManager):
         """Forget the request: it finished, was aborted, or was preempted."""
         self._requests.pop(request_id, None)
         self._evictions.pop(request_id, None)
+        self.quiet_until.pop(request_id, None)
+        self._points.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def policy_of(self, request_id: str) -> KVPolicy:
@@ -279,9 +287,7 @@ class SemanticManager(FullAttentionManager):
     def _num_kept_at(self, request_id: str, num_tokens: int) -> int:
         num_full_blocks = num_tokens // self.block_size
         state = self._requests.get(request_id)
-        if state is None:
-            return num_full_blocks
-        return len(state.kept) + num_full_blocks - state.num_seen
+        return num_full_blocks + (len(state.kept) - state.num_seen if state else 0)
 
     def _evict(self, request_id: str, block_indices: BlockIndices) -> None:
         blocks = self.req_to_blocks[request_id]
@@ -291,5 +297,4 @@ class SemanticManager(FullAttentionManager):
         # The newest first, as vLLM frees a request: the oldest stay shareable longest.
         self.block_pool.free_blocks(reversed(freed))
         self._evictions.setdefault(request_id, []).extend(block_indices)
-        stats = self.stats_by_policy[self.policy_of(request_id).name]
-        stats.evicted_blocks += len(block_indices)
+        self.stats_by_policy[self.policy_of(request_id).name].evicted_blocks += len(block_indices)

@@ -110,9 +110,9 @@ class KVPolicyMixin(Scheduler):
             request = self.requests[request_id]
             # vLLM has already advanced this to the end of the step.
             end = request.num_computed_tokens
-            step.keeps_queries = step.keeps_queries or manager.keeps_queries(
-                request, end - num_new, num_new
-            )
+            if end <= manager.quiet_until.get(request_id, 0):
+                continue
+            step.keeps_queries |= manager.keeps_queries(request, end - num_new, num_new)
             if (score_request := manager.score_request(request, end)) is not None:
                 asked[request_id] = score_request
         if asked:

@@ -202,25 +202,22 @@ class BlockScorer:
         rows = async_tensor_h2d(windows, device, torch.int64)
         scores = []
         for layers in group:
-            keys = layers.cache.keys
-            if keys is None:
-                return None
-            size = layers.cache.kernel_blocks * keys.shape[3]
             cached = CachedBlocks(
                 layers.queries,
                 rows[:, :-1].contiguous(),
                 rows[:, -1].contiguous(),
-                keys,
+                layers.cache.keys,
                 layers.cache.kernel_blocks,
                 block_ids,
                 requests,
-                indices * size,
+                indices * layers.cache.block_size,
                 layers.scale,
+                layers.cache.gather_keys,
             )
             of_layers = policy.score_cached(cached)
             if of_layers is None:
                 return None
-            scores.append(_checked(of_layers, len(keys), len(block_ids)))
+            scores.append(_checked(of_layers, len(layers.queries), len(block_ids)))
         means = torch.cat(scores).mean(0)
         if len(full) == len(block_ids):
             return means
@@ -241,7 +238,7 @@ class BlockScorer:
                 view = BlockView(
                     part.queries.index_select(1, rows).float(),
                     part.cache.gather_keys(block_ids).float(),
-                    part.cache.gather_values(block_ids).float(),
+                    partial(_values, part.cache, block_ids),
                     block_indices,
                     request.num_tokens,
                     layers.scale,
@@ -264,6 +261,10 @@ class BlockScorer:
             part = slice(first, first + step)
             cache = replace(layers.cache, kv_cache=kv_cache[part])
             yield replace(layers, cache=cache, queries=layers.queries[part])
+
+
+def _values(cache: CachedKV, block_ids: torch.Tensor) -> torch.Tensor:
+    return cache.gather_values(block_ids).float()
 
 
 def _by_policy(asked: Mapping[str, ScoreRequest]) -> dict[str, ScoreRequest]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -24,8 +26,8 @@ class BlockView:
     """``[num_layers, num_blocks, num_kv_heads, block_size, head_size]`` fp32: the full blocks,
     and behind them the one being filled, if any."""
 
-    values: torch.Tensor
-    """As :attr:`keys`."""
+    read_values: Callable[[], torch.Tensor]
+    """Reads :attr:`values`, which most policies never look at."""
 
     block_indices: torch.Tensor
     """``[num_blocks]`` int64, logical, ascending."""
@@ -35,6 +37,11 @@ class BlockView:
 
     scale: float
     """What attention multiplies a dot product with."""
+
+    @cached_property
+    def values(self) -> torch.Tensor:
+        """As :attr:`keys`."""
+        return self.read_values()
 
     @property
     def block_size(self) -> int:
@@ -80,7 +87,7 @@ class BlockView:
         return BlockView(
             self.queries,
             self.keys[:, kept],
-            self.values[:, kept],
+            lambda: self.values[:, kept],
             self.block_indices[kept],
             self.num_tokens,
             self.scale,
