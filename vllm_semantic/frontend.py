@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from .served import CONFIG_KEY, PIN, PIN_TOKENS, REQUEST_KEY, ServedPolicies, request_options
+from .served import (
+    CONFIG_KEY,
+    PIN,
+    PIN_TOKENS,
+    REQUEST_KEY,
+    ServedPolicies,
+    has_policy,
+    request_options,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -22,10 +30,7 @@ def asks_for_policy(extra_args: Mapping[str, Any] | None, vllm_config: VllmConfi
         extra_args: ``SamplingParams.extra_args``, or ``vllm_xargs``.
         vllm_config: of the engine.
     """
-    if not extra_args or REQUEST_KEY not in extra_args:
-        return False
-    additional_config = vllm_config.additional_config
-    return isinstance(additional_config, dict) and CONFIG_KEY in additional_config
+    return bool(extra_args) and REQUEST_KEY in extra_args and has_policy(vllm_config)
 
 
 def checked(

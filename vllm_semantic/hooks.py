@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .config import CONFIG_FLAG, POLICY_FLAG, check_block_size, resolve_policy_class
 from .frontend import asks_for_policy, checked, system_only, with_pinned
 from .policies import POLICIES, KVPolicy
-from .served import CONFIG_KEY, MAX_REQUEST_TOKENS, ServedPolicies, flags_to_config
+from .served import (
+    CONFIG_KEY,
+    MAX_REQUEST_TOKENS,
+    ServedPolicies,
+    flags_to_config,
+    has_policy,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -60,9 +66,7 @@ def install() -> None:
     if getattr(EngineArgs, "kv_policy_hook", False):
         return
     EngineArgs.kv_policy_hook = True
-    # Wrapping both ends survives every order of --additional-config and our flags.
     EngineArgs.add_cli_args = staticmethod(_adding_flags(EngineArgs.add_cli_args))
-    EngineArgs.from_cli_args = classmethod(_reading_flags(EngineArgs.from_cli_args.__func__))
     EngineArgs.create_engine_config = _finishing(EngineArgs.create_engine_config)
 
 
@@ -89,24 +93,25 @@ def _adding_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
             "request may ask for, default: that of the policy. "
             + "; ".join(f"{name}: {cls.options()}" for name, cls in POLICIES.items()),
         )
+        # After parsing, for every order of --additional-config and our flags; and not later:
+        # vLLM sends what was parsed to API server processes that have no plugin loaded yet.
+        parser.parse_known_args = _merging_flags(parser.parse_known_args)
         return parser
 
     return wrapper
 
 
-def _reading_flags(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(from_cli_args)
-    def wrapper(cls: type, args: argparse.Namespace) -> Any:
-        config = flags_to_config(
-            getattr(args, "kv_policy", None), getattr(args, "kv_policy_config", None)
-        )
-        engine_args = from_cli_args(cls, args)
+def _merging_flags(parse_known_args: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(parse_known_args)
+    def wrapper(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
+        namespace, rest = parse_known_args(*args, **kwargs)
+        config = flags_to_config(namespace.kv_policy, namespace.kv_policy_config)
         if config is not None:
-            engine_args.additional_config = {
-                **(engine_args.additional_config or {}),
+            namespace.additional_config = {
+                **(namespace.additional_config or {}),
                 CONFIG_KEY: config,
             }
-        return engine_args
+        return namespace, rest
 
     return wrapper
 
@@ -116,12 +121,11 @@ def _finishing(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         if xformers := wants_xformers(self):
             xformers_member()
-        additional_config = self.additional_config
-        if not isinstance(additional_config, dict) or CONFIG_KEY not in additional_config:
+        if not has_policy(self):
             return create_engine_config(self, *args, **kwargs)
         from vllm.platforms import current_platform
 
-        policy = ServedPolicies.from_config(additional_config[CONFIG_KEY]).default
+        policy = ServedPolicies.from_config(self.additional_config[CONFIG_KEY]).default
         check_vllm_version()
         check_requests()
         engine_args = copy.copy(self)
@@ -130,6 +134,7 @@ def _finishing(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
             engine_args.block_size = DEFAULT_BLOCK_SIZE.get(platform)
         vllm_config = create_engine_config(engine_args, *args, **kwargs)
         finish_config(vllm_config, policy)
+        export_metrics()
         return vllm_config
 
     return wrapper
@@ -328,6 +333,33 @@ def register_spec(
 
     KVCacheSpecRegistry._ensure_registered()
     return register_kv_cache_spec(manager_class, uniform_type_base_spec)
+
+
+def export_metrics() -> None:
+    """Put what a policy does on ``/metrics``, in the process that holds an engine's client.
+
+    ``vllm.stat_logger_plugins`` is not for us: whatever is registered there makes vLLM log
+    although ``--disable-log-stats`` was given, policy or not, and is created before vLLM's own
+    Prometheus logger, which unregisters every metric of the name ``vllm:``.
+    """
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    if not getattr(StatLoggerManager, "kv_policy_hook", False):
+        StatLoggerManager.kv_policy_hook = True
+        StatLoggerManager.__init__ = _adding_stat_logger(StatLoggerManager.__init__)
+
+
+def _adding_stat_logger(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def wrapper(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        init(self, vllm_config, *args, **kwargs)
+        if has_policy(vllm_config):
+            from .engine.metrics import KVPolicyStatLogger
+
+            # The first, since it takes what is ours out of what the others log.
+            self.stat_loggers.insert(0, KVPolicyStatLogger(vllm_config, self.engine_indexes))
+
+    return wrapper
 
 
 @contextmanager

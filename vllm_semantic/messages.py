@@ -79,6 +79,16 @@ def attach_scores(model_runner_output: Any, scores: BlockScores) -> None:
     model_runner_output.kv_block_scores = scores
 
 
+def attach_scoring_seconds(model_runner_output: Any, seconds: float) -> None:
+    """Send along how long a worker's host was busy with the step's scores."""
+    model_runner_output.kv_scoring_seconds = seconds
+
+
 def scores_of(model_runner_output: Any) -> BlockScores:
     """The scores that came with a ``ModelRunnerOutput``."""
     return getattr(model_runner_output, "kv_block_scores", {})
+
+
+def scoring_seconds_of(model_runner_output: Any) -> float:
+    """The time that came with a ``ModelRunnerOutput``."""
+    return getattr(model_runner_output, "kv_scoring_seconds", 0.0)

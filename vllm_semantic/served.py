@@ -136,6 +136,14 @@ class ServedPolicies:
             self._check_size(policy, block_size, num_prompt_tokens + max_tokens)
         return policy
 
+    def describe(self, block_size: int) -> str:
+        """What a request may ask for, for a person."""
+        if self.max_request_tokens == 0:
+            return "none of their own"
+        largest = self._max_request_blocks(block_size)
+        most = "any number of blocks" if largest is None else f"up to {largest} blocks"
+        return f"{', '.join(self.classes)}, {most}"
+
     def to_request(self, policy: KVPolicy) -> dict[str, Any]:
         """What :meth:`choose` makes ``policy`` of, for any request."""
         name = next(name for name, cls in self.classes.items() if cls is type(policy))
@@ -158,6 +166,12 @@ class ServedPolicies:
         if self.max_request_tokens is not None:
             return -(-self.max_request_tokens // block_size)
         return self.default.budget(block_size).total if self.default.bounded else None
+
+
+def has_policy(config: Any) -> bool:
+    """Whether an ``EngineArgs`` or a ``VllmConfig`` asks for a policy."""
+    additional_config = config.additional_config
+    return isinstance(additional_config, dict) and CONFIG_KEY in additional_config
 
 
 def flags_to_config(name: str | None, options: Mapping[str, Any] | None) -> dict[str, Any] | None:

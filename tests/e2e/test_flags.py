@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_semantic.engine.runner import access
@@ -44,6 +45,28 @@ def test_flags_reach_the_configuration(flags: list[str], llama: str) -> None:
     assert config.scheduler_config.scheduler_cls == SCHEDULERS[False]
     assert config.parallel_config.worker_cls in WORKERS.values()
     assert config.cache_config.block_size == 32
+
+
+def test_flags_reach_an_api_server_process(llama: str) -> None:
+    """``--api-server-count``: vLLM sends what was parsed to processes that load plugins later."""
+    parser = FlexibleArgumentParser()
+    ServeSubcommand().subparser_init(parser.add_subparsers())
+    args = parser.parse_args(["serve", llama, *SEMANTIC_512])
+    args.model = args.model_tag
+    code = """
+import pickle, sys
+from vllm.engine.arg_utils import AsyncEngineArgs
+args = pickle.load(sys.stdin.buffer)
+config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+print(config.additional_config, config.scheduler_config.scheduler_cls)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(args), capture_output=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    found = run.stdout.decode().strip().rpartition("\n")[2]
+    assert found == f"{args.additional_config} {SCHEDULERS[False]}"
+    assert args.additional_config["kv_policy"]["semantic_tokens"] == 512
 
 
 def test_block_size_of_the_user_is_kept(llama: str) -> None:

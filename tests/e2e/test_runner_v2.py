@@ -36,6 +36,7 @@ SUITES = {
         "tests/e2e/test_invariance.py::test_after_preemption",
         "tests/e2e/test_invariance.py::test_abort_in_prefill_and_decode",
     ],
+    "metrics": ["tests/e2e/test_metrics.py"],
 }
 
 

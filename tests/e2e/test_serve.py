@@ -172,6 +172,33 @@ def test_parallel_requests_need_eviction(server: Server, repo: Path) -> None:
     wait_until_idle(server)
 
 
+def test_metrics_count_what_was_evicted(server: Server, repo: Path) -> None:
+    names = ("evicting_requests", "evictions", "evicted_blocks", "score_age_steps_count")
+    names += ("scored_blocks", "scoring_time_seconds")
+
+    def read() -> dict[str, float]:
+        suffix = {"score_age_steps_count": ""}
+        labels = f'{{engine="0",model_name="{server.model}",policy="semantic"}}'
+        return {
+            name: server.metric(f"vllm:kv_policy_{name}{suffix.get(name, '_total')}{labels}")
+            for name in names
+        }
+
+    before = read()
+    server.client.completions.create(
+        model=server.model, prompt=long_text(repo, 2400), max_tokens=100, temperature=0
+    )
+    wait_until_idle(server)
+    more = {name: value - before[name] for name, value in read().items()}
+    assert more["evicting_requests"] == 1
+    assert more["score_age_steps_count"] == more["evictions"] > 2
+    assert more["evicted_blocks"] > more["evictions"]
+    assert more["scored_blocks"] > 5 * more["evictions"], "all that is held, budget and more"
+    assert more["scoring_time_seconds"] > 0
+    assert server.metric("vllm:kv_policy_recovered_blocks") == 0, "nothing runs"
+    assert "KV fetch" not in server.log.read_text(), "vLLM's own log lines are as ever"
+
+
 def test_disconnect_returns_blocks(server: Server, repo: Path) -> None:
     """Clients that go away in mid-stream leave nothing behind, and others go on."""
     prompt = long_text(repo, 2400)

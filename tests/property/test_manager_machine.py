@@ -205,15 +205,20 @@ class ManagerMachine(RuleBasedStateMachine):
             self._step(life, data.draw(st.integers(1, self.interval)), obedient)
 
     @precondition(lambda self: self.lives)
-    @rule(data=st.data(), num_steps=st.integers(2, 40), lag=st.integers(0, MAX_IN_FLIGHT - 1))
-    def run(self, data: st.DataObject, num_steps: int, lag: int) -> None:
+    @rule(
+        data=st.data(),
+        num_steps=st.integers(2, 40),
+        lag=st.integers(0, MAX_IN_FLIGHT - 1),
+        answers=st.sampled_from([[True], [True], [False]]),
+    )
+    def run(self, data: st.DataObject, num_steps: int, lag: int, answers: list[bool]) -> None:
         """Many steps as a scheduler takes them, up to ``lag`` of them in flight."""
         life = self.draw_life(data)
         for _ in range(num_steps):
             if len(life.spans) < MAX_IN_FLIGHT and not self._step(life, self.interval, True):
                 break
             while len(life.spans) > lag:
-                self._settle(life, [True])
+                self._settle(life, answers)
 
     def _step(self, life: Life, num_new: int, obedient: bool) -> bool:
         request, hit, num_hit = life.request, None, 0
@@ -341,6 +346,8 @@ class ManagerMachine(RuleBasedStateMachine):
         check_pool(self.pool, tables)
         assert not self.manager._evictions, "evictions that no step has told"
         assert self.manager._requests.keys() <= tables.keys()
+        recovered = sum(block.is_null for table in tables.values() for block in table)
+        assert self.manager.stats.recovered_blocks == recovered
         for name, state in self.manager._requests.items():
             assert state.kept == sorted(set(state.kept))
             assert not set(state.kept) & self.lives[name].gone
@@ -385,7 +392,7 @@ def test_manager() -> None:
         "evictions": 500,
         "hits": 100,
         "preempted": 100,
-        "full pool": 30,
+        "full pool": 20,
         "stale scores": 50,
         "shared": 1000,
         "fallbacks": 50,

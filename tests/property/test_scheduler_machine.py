@@ -341,6 +341,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request_id, state in self.manager._requests.items():
             assert request_id in tables
             assert state.kept == sorted(set(state.kept))
+        # Scheduling ahead, one step is scheduled between scores and the eviction that uses them.
+        assert min(self.manager.stats.score_ages, default=2) >= 1 + self.asynchronous
         for request_id, tokens in self.tokens.items():
             self.hashes.learn(self.requests[request_id], tokens)
         self.hashes.check_cached_blocks(self.pool, self.worker.cache)

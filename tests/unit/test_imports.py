@@ -110,7 +110,6 @@ def depth(function):
 def depths():
     return {
         "add_cli_args": depth(EngineArgs.add_cli_args),
-        "from_cli_args": depth(EngineArgs.from_cli_args.__func__),
         "create_engine_config": depth(EngineArgs.create_engine_config),
     }
 """
@@ -161,7 +160,9 @@ if registered:
     vllm_semantic.register()
 args = EngineArgs(model=model, load_format="dummy", skip_tokenizer_init=True, max_model_len=512)
 config = args.create_engine_config()
+from vllm.v1.metrics.loggers import StatLoggerManager
 print(json.dumps({
+    "stat_loggers": hasattr(StatLoggerManager, "kv_policy_hook"),
     "scheduler_cls": config.scheduler_config.scheduler_cls,
     "worker_cls": config.parallel_config.worker_cls,
     "block_size": config.cache_config.block_size,
@@ -194,6 +195,7 @@ def test_without_a_policy_the_config_is_vllms_own(repo: Path, llama: str) -> Non
     stock = config_of(repo, llama, plugins="", registered=False)
     ours = config_of(repo, llama, plugins="semantic_kv", registered=True)
     assert ours == stock
+    assert stock["stat_loggers"] is False
     assert stock["scheduler_cls"] is None
     assert stock["worker_cls"] == "vllm.v1.worker.cpu_worker.CPUWorker"
     assert stock["block_size"] == 128

@@ -12,8 +12,10 @@ from vllm_semantic.messages import (
     KVPolicyStep,
     ScoreRequest,
     attach_scores,
+    attach_scoring_seconds,
     attach_step,
     scores_of,
+    scoring_seconds_of,
     step_of,
 )
 from vllm_semantic.policies import SemanticPolicy
@@ -40,7 +42,10 @@ def test_a_step_survives_pickling(protocol: int) -> None:
 def test_scores_survive_pickling(protocol: int) -> None:
     output = ModelRunnerOutput(req_ids=["c"], req_id_to_index={"c": 0})
     attach_scores(output, SCORES)
-    assert scores_of(pickle.loads(pickle.dumps(output, protocol))) == SCORES
+    attach_scoring_seconds(output, 0.25)
+    received = pickle.loads(pickle.dumps(output, protocol))
+    assert scores_of(received) == SCORES
+    assert scoring_seconds_of(received) == 0.25
 
 
 def test_a_step_survives_what_vllm_puts_between_processes() -> None:

@@ -185,6 +185,13 @@ def test_sizes_cover_what_any_request_may_get() -> None:
     assert small.max_budget_blocks(BLOCK_SIZE) == 9, "the server's own still fits"
 
 
+def test_what_a_request_may_ask_for_in_words() -> None:
+    assert SEMANTIC.describe(BLOCK_SIZE) == "full, streaming, semantic, up to 9 blocks"
+    assert FULL.describe(BLOCK_SIZE) == "full, streaming, semantic, any number of blocks"
+    closed = ServedPolicies.from_config({"name": "semantic", "max_request_tokens": 0})
+    assert closed.describe(BLOCK_SIZE) == "none of their own"
+
+
 def test_rules_are_those_a_request_may_run_under() -> None:
     both = {SemanticPolicy(), SemanticPolicy(similarity="study")}
     assert set(SEMANTIC.rules) == set(FULL.rules) == both

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -15,7 +14,9 @@ from ..config import check_block_size
 from ..messages import BlockIndices, ScoreRequest, policy_of
 from ..policies import KVPolicy
 from ..policies.selection import blocks_to_evict, eviction_point_from, is_eviction_point
-from .request_blocks import EvictionStats, RequestBlocks
+from .explain import explain_eviction, sum_up_request
+from .request_blocks import RequestBlocks
+from .stats import EvictionStats
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -45,6 +46,8 @@ class SemanticManager(FullAttentionManager):
         self.stats_by_policy: defaultdict[str, EvictionStats] = defaultdict(EvictionStats)
         self.requests: Mapping[str, Request] = {}
         """The scheduler's live requests by id. Written by the scheduler."""
+        self.num_steps = 0
+        """Scheduler steps so far, this one included. Written by the scheduler."""
         self.quiet_until: dict[str, float] = {}
         """By request, the computed tokens up to which nothing is asked of the workers for it."""
         self._points: dict[str, float] = {}
@@ -55,8 +58,7 @@ class SemanticManager(FullAttentionManager):
     @property
     def stats(self) -> EvictionStats:
         """The counters of all policies together."""
-        each = [astuple(stats) for stats in self.stats_by_policy.values()]
-        return EvictionStats(*map(sum, zip(*each, strict=True)))
+        return sum(self.stats_by_policy.values(), EvictionStats())
 
     # -- what the scheduler asks ------------------------------------------------------
 
@@ -123,12 +125,14 @@ class SemanticManager(FullAttentionManager):
             request_id, num_computed, request.num_prompt_tokens
         ):
             return None
-        state = self._requests.get(request_id, RequestBlocks())
+        state = self._requests.setdefault(request_id, RequestBlocks())
         kept = state.kept_at(num_computed // self.block_size)
         blocks = self.req_to_blocks[request_id]
         held = list(kept)
         if num_computed % self.block_size:
             held.append(num_computed // self.block_size)
+        state.asked_in_step[num_computed] = self.num_steps
+        state.num_scored += len(kept)
         self.stats_by_policy[policy.name].scored_blocks += len(kept)
         return ScoreRequest(policy, num_computed, kept, [blocks[i].block_id for i in held])
 
@@ -200,6 +204,7 @@ class SemanticManager(FullAttentionManager):
         state.kept = [i for i in kept if i not in gone]
         state.num_seen = num_full_blocks
         state.scores = {later: s for later, s in state.scores.items() if later > point}
+        state.asked_in_step = {p: step for p, step in state.asked_in_step.items() if p > point}
 
     def cache_blocks(
         self,
@@ -219,7 +224,12 @@ class SemanticManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """Forget the request: it finished, was aborted, or was preempted."""
-        self._requests.pop(request_id, None)
+        policy = self.policy_of(request_id)
+        if state := self._requests.pop(request_id, None):
+            self.stats_by_policy[policy.name].recovered_blocks -= state.num_evicted
+            held = len(self.req_to_blocks[request_id]) - state.num_evicted
+            request = self.requests[request_id]
+            sum_up_request(policy.name, request, state.num_evicted, held, state.num_scored)
         self._evictions.pop(request_id, None)
         self.quiet_until.pop(request_id, None)
         self._points.pop(request_id, None)
@@ -264,9 +274,14 @@ class SemanticManager(FullAttentionManager):
         A request that stayed over its budget would hold more than admission counts on.
         """
         policy = self.policy_of(request_id)
-        budget = policy.budget(self.block_size)
+        budget, stats = policy.budget(self.block_size), self.stats_by_policy[policy.name]
+        candidates = budget.candidates(kept)
+        asked_in_step = state.asked_in_step.pop(point, None)
         try:
-            return state.choose(policy, budget, kept, point, self._extra_args(request_id))
+            scores = state.judge(policy, candidates, point, self._extra_args(request_id))
+            evicted = blocks_to_evict(kept, budget, scores)
+            if asked_in_step is not None:
+                stats.score_ages[self.num_steps - asked_in_step] += 1
         except Exception:  # a policy is anybody's code
             if state.num_fallbacks == 0:
                 logger.exception(
@@ -277,8 +292,11 @@ class SemanticManager(FullAttentionManager):
                     point,
                 )
             state.num_fallbacks += 1
-            self.stats_by_policy[policy.name].fallbacks += 1
-        return blocks_to_evict(kept, budget, budget.candidates(kept))
+            stats.fallbacks += 1
+            scores = candidates
+            evicted = blocks_to_evict(kept, budget, scores)
+        explain_eviction(policy.name, request_id, point, candidates, scores, evicted)
+        return evicted
 
     def _extra_args(self, request_id: str) -> Mapping[str, Any]:
         params = self.requests[request_id].sampling_params
@@ -297,4 +315,7 @@ class SemanticManager(FullAttentionManager):
         # The newest first, as vLLM frees a request: the oldest stay shareable longest.
         self.block_pool.free_blocks(reversed(freed))
         self._evictions.setdefault(request_id, []).extend(block_indices)
-        self.stats_by_policy[self.policy_of(request_id).name].evicted_blocks += len(block_indices)
+        stats = self.stats_by_policy[self.policy_of(request_id).name]
+        stats.evictions += 1
+        stats.evicted_blocks += len(block_indices)
+        stats.recovered_blocks += len(block_indices)

@@ -1,4 +1,4 @@
-"""What the block manager knows of each request under a policy, and what it counts."""
+"""What the block manager knows of each request under a policy."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..messages import BlockIndices
-from ..policies import BlockBudget, KVPolicy
-from ..policies.selection import blocks_to_evict
+from ..policies import KVPolicy
 
 
 @dataclass
@@ -32,36 +31,45 @@ class RequestBlocks:
     """By logical index, the scores of the last eviction and, as far as the policy's decay left
     them, of those before; finite."""
 
+    asked_in_step: dict[int, int] = field(default_factory=dict)
+    """The scheduler step after which scores were asked for, by eviction point. Scheduling ahead,
+    the next point may come before the last is settled."""
+
+    num_scored: int = 0
+    """Blocks that scores were asked for, over all eviction points."""
+
     num_fallbacks: int = 0
     """Eviction points at which the policy failed and the oldest blocks went."""
+
+    @property
+    def num_evicted(self) -> int:
+        return self.num_seen - len(self.kept)
 
     def kept_at(self, num_full_blocks: int) -> BlockIndices:
         """The full blocks held once ``num_full_blocks`` have been computed."""
         return self.kept + list(range(self.num_seen, num_full_blocks))
 
-    def choose(
+    def judge(
         self,
         policy: KVPolicy,
-        budget: BlockBudget,
-        kept: BlockIndices,
+        candidates: Sequence[int],
         point: int,
         extra_args: Mapping[str, Any],
-    ) -> BlockIndices:
-        """The blocks that go at an eviction point, as the policy has it.
+    ) -> Sequence[float]:
+        """What each block that may go is worth at an eviction point, as the policy has it.
 
         Raises:
             LookupError: the workers sent no scores.
-            ValueError: there is not one score for each block, or every score is NaN.
+            ValueError: every score is NaN.
             Exception: whatever a policy raises.
         """
-        candidates = budget.candidates(kept)
         if policy.scores_blocks:
             scores = self._received(candidates, point, policy.decay)
         else:
             scores = policy.rank(candidates, point, extra_args)
         if all(score != score for score in scores):
             raise ValueError("every score is NaN")
-        return blocks_to_evict(kept, budget, scores)
+        return scores
 
     def _received(self, candidates: Sequence[int], point: int, decay: float) -> Sequence[float]:
         """What the workers sent, and what is left of earlier scores."""
@@ -74,14 +82,3 @@ class RequestBlocks:
             # What is not finite would never decay.
             self.past_scores = {i: score for i, score in found.items() if math.isfinite(score)}
         return [found[i] for i in candidates]
-
-
-@dataclass
-class EvictionStats:
-    """Counters of one manager and policy since the start of the engine."""
-
-    evicted_blocks: int = 0
-    scored_blocks: int = 0
-    evicting_requests: int = 0
-    fallbacks: int = 0
-    """Evictions by age where the policy should have chosen and failed."""

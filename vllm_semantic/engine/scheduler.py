@@ -10,16 +10,25 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from ..config import capacity, describe
-from ..messages import KVPolicyStep, attach_policy, attach_step, scores_of, step_of
+from ..messages import (
+    KVPolicyStep,
+    attach_policy,
+    attach_step,
+    scores_of,
+    scoring_seconds_of,
+    step_of,
+)
 from ..policies import KVPolicy
 from ..served import REQUEST_KEY
 from .manager import SemanticManager
 from .spec import SemanticSpec
+from .stats import attach_changes
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
@@ -57,6 +66,8 @@ class KVPolicyMixin(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step; tell the workers what was evicted and what to score."""
+        for manager in self.kv_policy_managers.values():
+            manager.num_steps += 1
         output = super().schedule(*args, **kwargs)
         step = KVPolicyStep()
         for group_id, manager in self.kv_policy_managers.items():
@@ -78,6 +89,7 @@ class KVPolicyMixin(Scheduler):
         step = step_of(scheduler_output)
         if step is not None:
             received = scores_of(model_runner_output)
+            self._count_scoring(step, scoring_seconds_of(model_runner_output))
             for group_id, asked in step.score_requests.items():
                 for request_id, scores in received.get(group_id, {}).items():
                     request = self.requests.get(request_id)
@@ -87,6 +99,15 @@ class KVPolicyMixin(Scheduler):
                             request_id, asked[request_id], scores
                         )
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's numbers of a step, with what the policy did; ``None`` without log stats."""
+        scheduler_stats = super().make_stats(*args, **kwargs)
+        if scheduler_stats is not None:
+            for manager in self.kv_policy_managers.values():
+                for policy, stats in manager.stats_by_policy.items():
+                    attach_changes(scheduler_stats, policy, stats)
+        return scheduler_stats
 
     def _choose_policy(self, request: Request) -> KVPolicy:
         params = request.sampling_params
@@ -101,6 +122,15 @@ class KVPolicyMixin(Scheduler):
             # Refused by now, if the request came through vLLM's InputProcessor.
             logger.error("Request %s runs under the default policy: %s", request.request_id, error)
             return self.served_policies.default
+
+    def _count_scoring(self, step: KVPolicyStep, seconds: float) -> None:
+        """Share the time of a step among its requests' policies, by the blocks that were scored."""
+        requests = [(g, r) for g, asked in step.score_requests.items() for r in asked.values()]
+        num_blocks = sum(len(request.block_indices) for _, request in requests)
+        for group_id, request in requests:
+            stats = self.kv_policy_managers[group_id].stats_by_policy[request.policy.name]
+            part = len(request.block_indices) / num_blocks
+            stats.scoring_microseconds += round(1e6 * seconds * part)
 
     def _ask_for_scores(self, step: KVPolicyStep, group_id: int, output: SchedulerOutput) -> None:
         """What the workers have to score after the step, and whether to keep its queries."""

@@ -45,6 +45,9 @@ class PendingScores:
         copy_stream: what to copy on; ``None`` copies when they are collected.
     """
 
+    host_seconds = 0.0
+    """What scoring took on the host; on a GPU the kernels run on. Written by the worker."""
+
     def __init__(
         self,
         asked: Mapping[int, Mapping[str, ScoreRequest]],

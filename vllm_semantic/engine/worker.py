@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,13 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from ..hooks import wrapped_attention_backends
-from ..messages import KVPolicyStep, ScoreRequest, attach_scores, step_of
+from ..messages import (
+    KVPolicyStep,
+    ScoreRequest,
+    attach_scores,
+    attach_scoring_seconds,
+    step_of,
+)
 from ..served import CONFIG_KEY, ServedPolicies
 from .backend import CapturingImpl, CompactingBuilder, StepBuffers
 from .cached_kv import CachedKV, Places, stack_layers
@@ -36,6 +43,11 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, or INFO is lost
 
 
+def _attach(output: ModelRunnerOutput, scores: PendingScores) -> None:
+    attach_scores(output, scores.collect())
+    attach_scoring_seconds(output, scores.host_seconds)
+
+
 class ScoredAsyncOutput(AsyncModelRunnerOutput):
     """An asynchronous output that brings its step's scores when it is collected."""
 
@@ -45,7 +57,7 @@ class ScoredAsyncOutput(AsyncModelRunnerOutput):
 
     def get_output(self) -> ModelRunnerOutput:
         output = self._output.get_output()
-        attach_scores(output, self._scores.collect())
+        _attach(output, self._scores)
         return output
 
 
@@ -129,7 +141,10 @@ class KVPolicyWorkerMixin(Worker):
         finally:
             self._end_step()
         if step.score_requests:
+            # Without waiting for the device: there, what is measured is the launching.
+            started = time.perf_counter()
             self._scores = self._block_scorer(step.score_requests, self.runner_access.copy_stream())
+            self._scores.host_seconds = time.perf_counter() - started
         return output
 
     def sample_tokens(
@@ -142,7 +157,7 @@ class KVPolicyWorkerMixin(Worker):
             return output
         if isinstance(output, AsyncModelRunnerOutput):
             return ScoredAsyncOutput(output, scores)
-        attach_scores(output, scores.collect())
+        _attach(output, scores)
         return output
 
     # -- one step ----------------------------------------------------------------------

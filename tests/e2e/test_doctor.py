@@ -1,0 +1,84 @@
+"""``python -m vllm_semantic doctor``: what it says, what it finds, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vllm_semantic import doctor, upstream
+
+
+def run_doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_semantic", "doctor", *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_all_is_well(llama: str) -> None:
+    run = run_doctor(llama, "--kv-policy=semantic", "--kv-policy-config.semantic_tokens", "512")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.startswith("versions\n")
+    assert run.stdout.endswith("All is well.\n")
+    lines = {line.strip().partition(" ")[0]: line for line in run.stdout.splitlines()}
+    assert "fits" in lines["CPU_ATTN"]
+    assert "sink 8 + recent 64 + semantic 512 = 584 tokens" in lines["policy"]
+    assert lines["scheduler"].endswith(" SemanticScheduler")
+    assert lines["worker"].endswith(" SemanticCPUWorker")
+    assert "V1" in run.stdout.partition("model runner")[2].splitlines()[0]
+
+
+def test_what_is_wrong_is_found(llama: str) -> None:
+    """For programs; the plugin is left out, and so is not there to refuse anything."""
+    run = run_doctor("--json", VLLM_PLUGINS="bitsandbytes")
+    assert run.returncode == 1, run.stderr
+    report = json.loads(run.stdout)
+    assert report["ok"] is False
+    assert list(report) == ["ok", "versions", "device", "hooks", "backends"]
+    wrong = {f["name"] for findings in list(report.values())[1:] for f in findings if not f["ok"]}
+    assert wrong == {"VLLM_PLUGINS", "flags", "EngineArgs"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 (allowed: 1)"),
+        (["--block-size", "128"], "--block-size 128 is too coarse"),
+        (["--kv-policy", "smart"], "--kv-policy 'smart' is not known; allowed: full, streaming"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--enable-log-outputs"], "requires --enable-log-requests"),
+    ],
+)
+def test_what_would_be_refused(flags: list[str], reason: str, llama: str) -> None:
+    (finding,) = doctor.configuration([llama, "--kv-policy", "semantic", *flags])
+    assert not finding.ok
+    assert finding.name == "refused"
+    assert reason in finding.value
+
+
+def test_without_a_policy(llama: str) -> None:
+    findings = {finding.name: finding for finding in doctor.configuration([llama])}
+    assert findings["policy"].value == "none without --kv-policy: vLLM as it is"
+    assert findings["scheduler"].value == "Scheduler"
+    assert all(finding.ok for finding in findings.values())
+
+
+def test_another_vllm_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.__version__", "0.33.0")
+    name = "vllm.v1.kv_cache_interface.replace_as"
+    monkeypatch.setitem(upstream.CALLED, name, ("spec", "another"))
+    gone = "vllm.v1.kv_cache_interface.no_such_function"
+    monkeypatch.setitem(upstream.CALLED, gone, ())
+    report = doctor.examine([])
+    wrong = {f.name: f.value for findings in report.values() for f in findings if not f.ok}
+    assert wrong["vllm"] == "0.33.0 (the plugin supports 0.32.*)"
+    assert wrong[name].startswith("takes spec, target_cls")
+    assert wrong[gone] == "is gone"
+    assert len(wrong) == 3

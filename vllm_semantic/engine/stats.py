@@ -1,0 +1,102 @@
+"""What a policy did, in numbers, and how they reach the process that serves ``/metrics``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.metrics.stats import SchedulerStats
+
+KEY_PREFIX = "kv_policy:"
+"""What our keys begin with, ``kv_policy:NAME:POLICY``, among those of vLLM's own."""
+
+
+@dataclass
+class EvictionStats:
+    """Counters of one policy in one block manager since the start of the engine.
+
+    Written by the manager; the time by the scheduler.
+    """
+
+    evictions: int = 0
+    """Times that a request gave up blocks."""
+
+    evicted_blocks: int = 0
+
+    scored_blocks: int = 0
+
+    evicting_requests: int = 0
+    """Requests that went over budget; one that was preempted since counts again."""
+
+    scoring_microseconds: int = 0
+    """Host time of a worker."""
+
+    fallbacks: int = 0
+    """Evictions by age where the policy should have chosen and failed."""
+
+    recovered_blocks: int = 0
+    """What the running requests have given up. Not a counter: it falls as they finish."""
+
+    score_ages: Counter[int] = field(default_factory=Counter)
+    """Evictions by how many scheduler steps ago their scores were asked for."""
+
+    _taken: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    _taken_at: tuple[int, ...] = field(default=(), repr=False, compare=False)
+
+    def __add__(self, other: EvictionStats) -> EvictionStats:
+        """The counters of two policies together."""
+        names = [field.name for field in fields(self) if field.compare]
+        return EvictionStats(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    def take_changes(self) -> dict[str, int]:
+        """What changed since the last call, by name; an age as ``score_age_steps=AGE``.
+
+        Differences, also of what is no counter: any of several API servers gets them, and
+        their sum is right wherever they are added up.
+        """
+        # Asked for in every step; nothing else changes without one of these.
+        now = (
+            self.evicted_blocks,
+            self.scored_blocks,
+            self.recovered_blocks,
+            self.scoring_microseconds,
+        )
+        if now == self._taken_at:
+            return {}
+        self._taken_at = now
+        numbers = {
+            "evictions": self.evictions,
+            "evicted_blocks": self.evicted_blocks,
+            "scored_blocks": self.scored_blocks,
+            "evicting_requests": self.evicting_requests,
+            "scoring_microseconds": self.scoring_microseconds,
+            "fallbacks": self.fallbacks,
+            "recovered_blocks": self.recovered_blocks,
+        } | {f"score_age_steps={age}": count for age, count in self.score_ages.items()}
+        taken, self._taken = self._taken, numbers
+        changes = {name: number - taken.get(name, 0) for name, number in numbers.items()}
+        return {name: change for name, change in changes.items() if change}
+
+
+def attach_changes(scheduler_stats: SchedulerStats, policy: str, stats: EvictionStats) -> None:
+    """Send changes along with vLLM's ``SchedulerStats``.
+
+    They go where numbers by name travel already, since only declared fields do. What is there
+    is vLLM's for KV connectors, which a policy refuses. Who does not know of them ignores them.
+    """
+    numbers = scheduler_stats.num_kv_fetch_reqs_by_stage
+    for name, change in stats.take_changes().items():
+        key = f"{KEY_PREFIX}{name}:{policy}"
+        numbers[key] = numbers.get(key, 0) + change
+
+
+def take_changes(scheduler_stats: SchedulerStats) -> dict[tuple[str, str], int]:
+    """Take the changes out again, before vLLM's own loggers see them; by policy and name."""
+    numbers = scheduler_stats.num_kv_fetch_reqs_by_stage
+    changes = {}
+    for key in [key for key in numbers if key.startswith(KEY_PREFIX)]:
+        name, policy = key.removeprefix(KEY_PREFIX).split(":", 1)
+        changes[policy, name] = numbers.pop(key)
+    return changes

@@ -1,0 +1,146 @@
+"""The methods of vLLM that the plugin overrides, wraps or calls with arguments of its own.
+
+One list for two readers: ``tests/contract`` fails on an upgrade that changes one of them, and
+``python -m vllm_semantic doctor`` says so where the plugin is installed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from pkgutil import resolve_name
+from typing import Any
+
+OVERRIDDEN = (
+    (
+        "vllm_semantic.engine.manager.SemanticManager",
+        "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager",
+    ),
+    (
+        "vllm_semantic.engine.spec.SemanticSpec",
+        "vllm.v1.kv_cache_interface.FullAttentionSpec",
+    ),
+    (
+        "vllm_semantic.engine.scheduler.KVPolicyMixin",
+        "vllm.v1.core.sched.scheduler.Scheduler",
+    ),
+    (
+        "vllm_semantic.engine.scheduler.KVPolicyMixin",
+        "vllm.v1.core.sched.async_scheduler.AsyncScheduler",
+    ),
+    (
+        "vllm_semantic.engine.worker.KVPolicyWorkerMixin",
+        "vllm.v1.worker.gpu_worker.Worker",
+    ),
+    (
+        "vllm_semantic.engine.worker.ScoredAsyncOutput",
+        "vllm.v1.outputs.AsyncModelRunnerOutput",
+    ),
+    (
+        "vllm_semantic.engine.backend.CompactingBuilder",
+        "vllm.v1.attention.backend.AttentionMetadataBuilder",
+    ),
+    (
+        "vllm_semantic.engine.metrics.KVPolicyStatLogger",
+        "vllm.v1.metrics.loggers.AggregateStatLoggerBase",
+    ),
+)
+"""Classes of ours and those of vLLM's whose methods they override."""
+
+CALLED = {
+    "vllm.engine.arg_utils.EngineArgs.add_cli_args": ("parser",),
+    "vllm.engine.arg_utils.EngineArgs.create_engine_config": ("self",),
+    "vllm.renderers.online_renderer.OnlineRenderer.preprocess_chat": (
+        "self",
+        "request",
+        "messages",
+    ),
+    "vllm.renderers.online_renderer.OnlineRenderer.preprocess_completion": ("self", "request"),
+    "vllm.v1.engine.input_processor.InputProcessor.process_inputs": ("self",),
+    "vllm.v1.attention.backends.registry.AttentionBackendEnum.register": ("cls", "name", "value"),
+    "vllm.v1.attention.backends.registry.register_backend": ("backend", "class_path"),
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.truncate_computed_blocks": (
+        "self",
+        "blocks",
+        "num_computed_tokens",
+    ),
+    "vllm.v1.kv_cache_interface.replace_as": ("spec", "target_cls"),
+    "vllm.v1.kv_cache_spec_registry.register_kv_cache_spec": (
+        "manager_class",
+        "uniform_type_base_spec",
+    ),
+    "vllm.v1.metrics.loggers.StatLoggerManager.__init__": ("self", "vllm_config"),
+}
+"""What we wrap or call, and its first parameters."""
+
+
+def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the parameters; where plugins have wrapped it, of what is below."""
+    plain = inspect.unwrap(getattr(function, "__func__", function))
+    return tuple(inspect.signature(plain).parameters)
+
+
+def signatures() -> Iterator[tuple[str, str | None]]:
+    """What the lists above name, and what is wrong with it in the vLLM that is installed."""
+    for ours, base in OVERRIDDEN:
+        for name, problem in overrides(resolve_name(ours), resolve_name(base)):
+            yield f"{base}.{name}", problem
+    for path, expected in CALLED.items():
+        try:
+            found = parameters(resolve_name(path))
+        except AttributeError:
+            yield path, "is gone"
+            continue
+        fits = found[: len(expected)] == expected
+        yield path, None if fits else f"takes {', '.join(found)}"
+
+
+def overrides(ours: type, base: type) -> Iterator[tuple[str, str | None]]:
+    """The methods of ``base`` that ``ours`` overrides, and what is wrong with each.
+
+    Wrong is one that calls ``super()`` and has none there, or takes other parameters.
+    """
+    for name, member in vars(ours).items():
+        function = getattr(member, "__func__", member)
+        if not inspect.isfunction(function) or name.startswith("__"):
+            continue
+        upstream = getattr(base, name, None)
+        if upstream is not None:
+            yield name, _difference(function, upstream)
+        elif "super" in function.__code__.co_names:
+            yield name, "is gone"
+
+
+def check_backend(name: str) -> None:
+    """Whether an attention backend can be wrapped as the plugin does it.
+
+    Raises:
+        ImportError: it does not import on this platform.
+        TypeError: vLLM passes its implementation or its builder something else.
+    """
+    from vllm.v1.attention.backend import AttentionMetadataBuilder
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from .engine.backend import CapturingImpl
+    from .hooks import xformers_member
+
+    member = xformers_member() if name == "XFORMERS" else AttentionBackendEnum[name]
+    try:
+        backend = member.get_class()
+        forward, builder = backend.get_impl_cls().forward, backend.get_builder_cls()
+    except (ImportError, RuntimeError, AttributeError) as error:  # as their libraries have it
+        raise ImportError(f"{type(error).__name__}: {error}") from error
+    passed = parameters(CapturingImpl.forward)[:-2]
+    if parameters(forward)[: len(passed)] != passed:
+        raise TypeError(f"{name}: forward takes {', '.join(parameters(forward))}")
+    if not issubclass(builder, AttentionMetadataBuilder):
+        raise TypeError(f"{name}: {builder.__name__} is no AttentionMetadataBuilder")
+
+
+def _difference(ours: Callable[..., Any], upstream: Callable[..., Any]) -> str | None:
+    takes_all = inspect.Parameter.VAR_KEYWORD
+    if any(p.kind is takes_all for p in inspect.signature(ours).parameters.values()):
+        return None
+    if parameters(ours) == parameters(upstream):
+        return None
+    return f"takes {', '.join(parameters(upstream))}; ours {', '.join(parameters(ours))}"
