@@ -30,12 +30,18 @@ PAIRS = (
 """Differences that the README shows; the JSON has all."""
 
 
+OVERHEAD_BATCH = 32
+"""Requests of the line on the host's share."""
+
+
 def run() -> None:
     """Replace what stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``."""
     tables: dict[str, list[tuple[str, str, Callable[[dict[str, Any]], str]]]] = {
         "README.md": [
             ("demo", "demo", _demo),
             ("figures", "figures", _figures),
+            ("capacity", "capacity", _capacity),
+            ("overhead", "overhead", _overhead),
             ("quality", "quality", _quality),
             ("recall", "quality", _recall),
         ],
@@ -85,6 +91,41 @@ def _demo(report: dict[str, Any]) -> str:
 def _figures(report: dict[str, Any]) -> str:
     rows = [[words, f"{report[name]:.3f}"] for name, words in FIGURES.items()]
     return _table(["figure", "measured"], rows) + f"\n\n{_where(report['context'])}."
+
+
+def _capacity(report: dict[str, Any]) -> str:
+    sides = ("stock", "streaming", "semantic")
+    head = ["context", *(f"fit, {side}" for side in sides), *(f"tok/s, {side}" for side in sides)]
+    rows = []
+    for num_tokens, row in report["rows"].items():
+        speeds = (f"{row['tokens_per_second'][side]:.0f}" for side in sides)
+        counts = (_count(row["fits"][side], row["served"][side]) for side in sides)
+        rows.append([num_tokens, *counts, *speeds, f"{row['over_stock']['semantic']:.1f}"])
+    settings = report["context"]
+    return _table([*head, "semantic over stock"], rows) + (
+        f"\n\n{settings['kv_bytes'] >> 20} MiB of KV cache, every request decoding at the end of "
+        f"its context; in brackets how many were, where reading the prompts of all would take too "
+        f"long; {_where(settings)}."
+    )
+
+
+def _count(fits: int, served: int) -> str:
+    return str(fits) if served == fits else f"{fits} ({served})"
+
+
+def _overhead(report: dict[str, Any]) -> str:
+    """One line, of a batch of middling size; the JSON has all."""
+    cells = [cell for cell in report["cells"] if cell["num_reqs"] == OVERHEAD_BATCH]
+    added = ", ".join(
+        f"{cell['added_microseconds']['semantic']:.0f} at {cell['num_tokens']}" for cell in cells
+    )
+    last = cells[-1]
+    return (
+        f"Microseconds that the policy adds on the host to a step of {OVERHEAD_BATCH} requests, by "
+        f"tokens of context: {added}; with a budget that is never reached "
+        f"{last['added_microseconds']['ample']:.0f}. vLLM's scheduler alone takes "
+        f"{last['microseconds']['stock']['scheduler']:.0f}. {_where(report['context'])}."
+    )
 
 
 def _quality(report: dict[str, Any]) -> str:

@@ -1,0 +1,42 @@
+"""What `benchmarks overhead` measures is what it says: the plugin's own scheduler and worker."""
+
+from __future__ import annotations
+
+from benchmarks.host import Host
+
+BLOCK_SIZE, LENGTHS = 32, [300, 500, 700]
+
+
+def run(llama: str, policy: dict[str, object] | None) -> Host:
+    host = Host(
+        llama,
+        policy,
+        max_num_seqs=len(LENGTHS),
+        max_model_len=1024,
+        block_size=BLOCK_SIZE,
+        max_num_batched_tokens=256,
+        skip_tokenizer_init=True,
+    )
+    host.start([[8] * length for length in LENGTHS])
+    host.steps(2 * BLOCK_SIZE)
+    return host
+
+
+def test_both_sides_decode_and_one_evicts(llama: str) -> None:
+    stock, semantic = run(llama, None), run(llama, {"name": "semantic"})
+    assert stock.evicted_blocks() == 0
+    for side in (stock, semantic):
+        assert all(of.num_output_tokens > 2 * BLOCK_SIZE for of in side.scheduler.running)
+        assert len(side.scheduler.running) == len(LENGTHS)
+    manager = semantic.scheduler.kv_policy_managers[0]
+    held = semantic.worker._held[0]
+    ids = list(semantic.worker.rows)
+    rows = held.rows(ids, semantic.worker.seq_lens.numpy())
+    assert rows is not None
+    for request_id, columns in zip(ids, rows.columns, strict=True):
+        table = manager.req_to_blocks[request_id]
+        kept = [i for i, block in enumerate(table) if not block.is_null]
+        assert columns[: len(kept)].tolist() == kept
+    # Every step that evicts is asked for its scores first.
+    assert semantic.evicted_blocks() > 0
+    assert manager.stats.fallbacks == 0
