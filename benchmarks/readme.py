@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Callable
 from typing import Any
 
@@ -58,12 +59,40 @@ def run() -> None:
         text = path.read_text()
         for name, result, render in places:
             report = json.loads((RESULTS / f"{result}.json").read_text())
-            parts = re.split(rf"(<!-- /?table:{name} -->)", text)
-            if len(parts) != 5:
-                raise ValueError(f"{file} does not have one place for the table {name!r}")
-            parts[2] = f"\n\n{render(report)}\n\n"
-            text = "".join(parts)
+            text = replaced(text, name, render(report))
         path.write_text(text)
+    readme = ROOT / "README.md"
+    readme.write_text(replaced(readme.read_text(), "features", features()))
+
+
+def replaced(text: str, name: str, table: str) -> str:
+    """``text`` with another table between the marks of ``name``.
+
+    Raises:
+        ValueError: there is not one such place.
+    """
+    parts = re.split(rf"(<!-- /?table:{name} -->)", text)
+    if len(parts) != 5:
+        raise ValueError(f"there is not one place for the table {name!r}")
+    parts[2] = f"\n\n{table}\n\n"
+    return "".join(parts)
+
+
+def features() -> str:
+    """What works and what is refused, with the tests that show it."""
+    listed = tomllib.loads((ROOT / "tests" / "features.toml").read_text())
+    rows = [
+        [feature, state, ", ".join(map(_test_link, tests))]
+        for state, of_state in listed.items()
+        for feature, tests in of_state.items()
+    ]
+    return _table(["feature", "", "shown by"], rows).replace("---:", "---")
+
+
+def _test_link(test: str) -> str:
+    file, _, function = test.partition("::")
+    name = function or file.rpartition("/")[2]
+    return f"[{name.replace('[', ' (').replace(']', ')')}](tests/{file})"
 
 
 def _demo(report: dict[str, Any]) -> str:

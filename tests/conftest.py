@@ -44,5 +44,19 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from .models import make_gpt_oss
+
+    return make_gpt_oss(tmp_path_factory.mktemp("gpt-oss"))
+
+
+@pytest.fixture(scope="session")
+def granite_hybrid(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from .models import make_granite_hybrid
+
+    return make_granite_hybrid(tmp_path_factory.mktemp("granite-hybrid"))
+
+
+@pytest.fixture(scope="session")
 def repo() -> Path:
     return Path(__file__).resolve().parent.parent

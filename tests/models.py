@@ -29,6 +29,32 @@ def make_llama(path: Path, dtype: torch.dtype = torch.float32, **overrides: obje
     return str(path)
 
 
+def make_lora(source: str, path: Path, merged: Path, seed: int) -> None:
+    """An adapter of the attention projections; ``merged`` becomes the model that has it."""
+    import json
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    rank, projections = 8, ("q_proj", "k_proj", "v_proj", "o_proj")
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(f"{source}/model.safetensors")
+    adapter = {}
+    for name in [n for n in tensors if n.split(".")[-2] in projections]:
+        num_out, num_in = tensors[name].shape
+        down = torch.randn(rank, num_in, generator=generator) * 0.05
+        up = torch.randn(num_out, rank, generator=generator) * 0.05
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        adapter[f"{module}.lora_A.weight"], adapter[f"{module}.lora_B.weight"] = down, up
+        tensors[name] += up @ down
+    path.mkdir()
+    save_file(adapter, path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": projections}
+    (path / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}))
+    shutil.copytree(source, merged)
+    save_file(tensors, merged / "model.safetensors", metadata={"format": "pt"})
+
+
 def make_prequantised(source: str, path: Path) -> str:
     """The same model with NF4 weights on disk, as transformers writes them."""
     import json
@@ -99,6 +125,113 @@ def make_gemma(path: Path) -> str:
     torch.manual_seed(0)
     Gemma3ForCausalLM(config).save_pretrained(path)
     return str(path)
+
+
+def make_gpt_oss(path: Path) -> str:
+    """A gpt-oss: a learned sink for each head, a layer with a window and one without, experts."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=8192,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"],
+        initializer_range=0.08,
+    )
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:  # large enough to take half of the attention
+            layer.self_attn.sinks.copy_(torch.arange(4.0) + 4)
+    model.save_pretrained(path)
+    return str(path)
+
+
+def make_granite_hybrid(path: Path) -> str:
+    """A Granite 4: a Mamba layer and one with attention."""
+    from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+
+    config = GraniteMoeHybridConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=256,
+        shared_intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=0,
+        max_position_embeddings=8192,
+        position_embedding_type="rope",
+        layer_types=["mamba", "attention"],
+        mamba_n_heads=8,
+        mamba_d_head=64,
+        mamba_d_state=8,  # so that a state is no larger than a block of keys and values
+        mamba_n_groups=1,
+        mamba_expand=2,
+        initializer_range=0.08,
+    )
+    torch.manual_seed(0)
+    GraniteMoeHybridForCausalLM(config).save_pretrained(path)
+    return str(path)
+
+
+def make_idefics(tokenizer: str, path: Path) -> tuple[str, str]:
+    """An Idefics3, whose images are 196 tokens each, and its language model alone."""
+    import transformers
+    from transformers.models.idefics3.image_processing_pil_idefics3 import (
+        Idefics3ImageProcessorPil,
+    )
+
+    words = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    marks = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    words.add_special_tokens({"additional_special_tokens": marks})
+    text_config = transformers.LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=8192,
+        initializer_range=0.08,
+        pad_token_id=0,
+    )
+    config = transformers.Idefics3Config(
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 4,
+        },
+        text_config=text_config,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        scale_factor=1,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = transformers.Idefics3ForConditionalGeneration(config)
+    model.save_pretrained(path / "whole")
+    pixels = {"longest_edge": 56}
+    images = Idefics3ImageProcessorPil(size=pixels, max_image_size=pixels, do_image_splitting=False)
+    transformers.Idefics3Processor(
+        image_processor=images, tokenizer=words, image_seq_len=196
+    ).save_pretrained(path / "whole")
+    language = transformers.LlamaForCausalLM(text_config)
+    language.model.load_state_dict(model.model.text_model.state_dict())
+    language.lm_head.load_state_dict(model.lm_head.state_dict())
+    language.save_pretrained(path / "language")
+    return str(path / "whole"), str(path / "language")
 
 
 def random_prompts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:

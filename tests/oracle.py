@@ -53,6 +53,8 @@ class Verdict:
     """Log-probability of each generated token."""
     gaps: list[float] = field(default_factory=list)
     """Log-probability of the best token minus the second best's."""
+    prompt_logprobs: list[float] = field(default_factory=list)
+    """Log-probability of each token of the prompt but the first."""
 
 
 def judge(cases: list[Case]) -> list[Verdict]:
@@ -67,16 +69,11 @@ def judge(cases: list[Case]) -> list[Verdict]:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    return [
-        Verdict(
-            evictions={int(k): v for k, v in verdict["evictions"].items()},
-            margins={int(k): v for k, v in verdict["margins"].items()},
-            greedy=verdict["greedy"],
-            logprobs=verdict["logprobs"],
-            gaps=verdict["gaps"],
-        )
-        for verdict in json.loads(run.stdout)
-    ]
+    verdicts = [Verdict(**verdict) for verdict in json.loads(run.stdout)]
+    for verdict in verdicts:
+        verdict.evictions = {int(k): v for k, v in verdict.evictions.items()}
+        verdict.margins = {int(k): v for k, v in verdict.margins.items()}
+    return verdicts
 
 
 def eviction_points(case: Case) -> list[int]:
@@ -282,6 +279,8 @@ class Oracle:
             visible = self.torch.ones_like(visible).tril().triu(1 - window)
         else:
             self.calls.append(Layer(query[0].float(), key[0].float(), value[0].float(), scale))
+        if (sinks := kwargs.get("s_aux")) is not None:
+            key, value, visible = self._with_sink(key, value, visible, sinks)
         output = self.torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
@@ -291,6 +290,14 @@ class Oracle:
             enable_gqa=True,
         )
         return output.transpose(1, 2).contiguous(), None
+
+    def _with_sink(self, key: Any, value: Any, visible: Any, sinks: Any) -> tuple[Any, Any, Any]:
+        """One more key of nothing, which each head gives a learned logit and no value."""
+        pad, bias = self.torch.nn.functional.pad, self.torch.zeros(visible.shape)
+        bias = bias.masked_fill(~visible, float("-inf")).expand(len(sinks), -1, -1)
+        column = sinks.view(-1, 1, 1).expand(-1, len(visible), 1).to(bias.dtype)
+        bias = self.torch.cat([bias, column], dim=2)
+        return pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1)), bias
 
     def run(self, case: Case) -> Verdict:
         torch = self.torch
@@ -315,8 +322,11 @@ class Oracle:
                         False
                     )
             logprobs = torch.log_softmax(self._forward(ids, total).double(), -1)
-        for position in range(case.num_prompt_tokens, total):
+        for position in range(1, total):
             row = logprobs[position - 1]
+            if position < case.num_prompt_tokens:
+                verdict.prompt_logprobs.append(float(row[case.token_ids[position]]))
+                continue
             best = row.topk(2)
             verdict.greedy.append(int(best.indices[0]))
             verdict.gaps.append(float(best.values[0] - best.values[1]))

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .config import POLICY_FLAG, describe
-from .hooks import SUPPORTED_VLLM
+from .hooks import SUPPORTED_VLLM, WRAPPED_BACKENDS
 from .served import CONFIG_KEY, ServedPolicies, has_policy
 
 PLUGINS_GROUP = "vllm.general_plugins"
@@ -140,7 +140,6 @@ def hooks() -> Iterator[Finding]:
 
 def backends() -> Iterator[Finding]:
     """Which attention backends a policy can wrap here."""
-    from .engine.backend import WRAPPED_BACKENDS
     from .upstream import check_backend
 
     wrapped = 0

@@ -43,6 +43,8 @@ WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker": "vllm_semantic.engine.worker.SemanticWorker",
 }
 
+WRAPPED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "XFORMERS")
+
 DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16, "xformers": 64}
 """Smallest block that a platform's kernels handle well."""
 
@@ -176,9 +178,11 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
     """What of a configuration a policy cannot serve yet, in the words of vLLM's flags."""
     from vllm.utils.torch_utils import is_quantized_kv_cache
 
-    model = vllm_config.model_config
+    model, cache = vllm_config.model_config, vllm_config.cache_config
     parallel = vllm_config.parallel_config
-    cache_dtype = vllm_config.cache_config.cache_dtype
+    speculative, transfer = vllm_config.speculative_config, vllm_config.kv_transfer_config
+    backend = vllm_config.attention_config.backend
+    backends = ", ".join(WRAPPED_BACKENDS)
     checks = {
         f"--pipeline-parallel-size {parallel.pipeline_parallel_size} (allowed: 1)": (
             parallel.pipeline_parallel_size > 1
@@ -186,10 +190,21 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
         "context parallelism (allowed: --decode-context-parallel-size 1)": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
-        "--speculative-config": vllm_config.speculative_config is not None,
-        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
-        f"--kv-cache-dtype {cache_dtype} (allowed: auto, bfloat16, float16)": (
-            is_quantized_kv_cache(cache_dtype)
+        "micro-batching (allowed: no --enable-dbo, --ubatch-size 0)": parallel.use_ubatching,
+        f"--speculative-config with method {speculative and speculative.method} (allowed: none)": (
+            speculative is not None
+        ),
+        f"--kv-transfer-config with {transfer and transfer.kv_connector} (allowed: none)": (
+            transfer is not None
+        ),
+        f"--kv-cache-dtype {cache.cache_dtype} (allowed: auto, bfloat16, float16)": (
+            is_quantized_kv_cache(cache.cache_dtype)
+        ),
+        "--kv-sharing-fast-prefill (allowed: without)": cache.kv_sharing_fast_prefill,
+        "--enable-prefix-caching of a model with Mamba layers (allowed: "
+        "--no-enable-prefix-caching)": cache.mamba_cache_mode != "none",
+        f"--attention-backend {backend and backend.name} (allowed: {backends})": (
+            backend is not None and backend.name not in WRAPPED_BACKENDS
         ),
         f"--runner {model.runner_type} (allowed: generate)": model.runner_type != "generate",
         "--dtype float32 with --quantization bitsandbytes (allowed: bfloat16, float16)": (
@@ -198,7 +213,8 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
         "models with multi-head latent attention (MLA)": model.use_mla,
         "encoder-decoder models": model.is_encoder_decoder,
         "models with ALiBi positions": _uses_alibi(model.hf_text_config),
-        "micro-batching (--enable-dbo)": parallel.use_ubatching,
+        "models whose images see ahead (allowed: --language-model-only)": model.is_mm_prefix_lm,
+        "diffusion models": vllm_config.diffusion_config is not None,
     }
     return [feature for feature, present in checks.items() if present]
 
@@ -374,7 +390,7 @@ def wrapped_attention_backends() -> Iterator[None]:
     from .engine import backend
 
     known = AttentionBackendEnum.__members__  # XFORMERS only if it was asked for
-    members = [known[name] for name in backend.WRAPPED_BACKENDS if name in known]
+    members = [known[name] for name in WRAPPED_BACKENDS if name in known]
     selector._cached_get_attn_backend.cache_clear()
     for member in members:
         register_backend(member, f"{backend.__name__}.{member.name}")

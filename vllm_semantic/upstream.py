@@ -59,10 +59,10 @@ CALLED = {
     "vllm.v1.engine.input_processor.InputProcessor.process_inputs": ("self",),
     "vllm.v1.attention.backends.registry.AttentionBackendEnum.register": ("cls", "name", "value"),
     "vllm.v1.attention.backends.registry.register_backend": ("backend", "class_path"),
-    "vllm.v1.core.kv_cache_manager.KVCacheManager.truncate_computed_blocks": (
+    "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator.find_longest_cache_hit": (
         "self",
-        "blocks",
-        "num_computed_tokens",
+        "block_hashes",
+        "max_cache_hit_length",
     ),
     "vllm.v1.kv_cache_interface.replace_as": ("spec", "target_cls"),
     "vllm.v1.kv_cache_spec_registry.register_kv_cache_spec": (

@@ -45,14 +45,13 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_semantic.engine.backend import WRAPPED_BACKENDS
 from vllm_semantic.engine.cpu_worker import SemanticCPUWorker
 from vllm_semantic.engine.manager import SemanticManager
 from vllm_semantic.engine.metrics import KVPolicyStatLogger
 from vllm_semantic.engine.scheduler import AsyncSemanticScheduler, SemanticScheduler
 from vllm_semantic.engine.spec import SemanticSpec
 from vllm_semantic.engine.worker import SemanticWorker
-from vllm_semantic.hooks import SCHEDULERS, WORKERS, xformers_member
+from vllm_semantic.hooks import SCHEDULERS, WORKERS, WRAPPED_BACKENDS, xformers_member
 from vllm_semantic.upstream import check_backend, overrides, parameters, signatures
 
 # -- EngineArgs ------------------------------------------------------------------------
@@ -96,6 +95,11 @@ def test_schedule_asks_for_the_size_of_every_chunk() -> None:
     assert source.rindex("self._update_after_schedule(") < source.rindex("return scheduler_output")
     advance = inspect.getsource(Scheduler._update_after_schedule)
     assert "request.num_computed_tokens += num_scheduled_token" in advance
+
+
+def test_a_lookup_says_what_it_found_and_where_it_ended() -> None:
+    lookup = inspect.getsource(KVCacheManager.get_computed_blocks)
+    assert "num_new_computed_tokens + num_uncached if num_uncached else 0" in lookup
 
 
 def test_lookahead_reserves_for_drafts_only() -> None:

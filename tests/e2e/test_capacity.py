@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from vllm import SamplingParams
 
@@ -50,6 +52,39 @@ def test_prompt_three_times_the_pool(llama: str) -> None:
             assert held <= BUDGET_BLOCKS + 512 // BLOCK_SIZE + 1 < pool_blocks
     assert results[0] == results[1]
     assert sum(len(blocks) for blocks in results[0][1][0].values()) > 2 * pool_blocks
+
+
+def test_a_context_of_a_million_on_64_blocks(tmp_path: Path) -> None:
+    """Nothing of the policy's grows with the longest request there might be."""
+    model = make_llama(
+        tmp_path,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=1 << 20,
+    )
+    prompts = random_prompts([5000, 300])
+    params = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True, detokenize=False)
+    results = []
+    for max_model_len, num_blocks in ((1 << 20, 64), (8192, 400)):
+        with engine(
+            model,
+            policy="semantic",
+            kv_policy_config=SEMANTIC,
+            max_model_len=max_model_len,
+            num_gpu_blocks_override=num_blocks,
+            max_num_seqs=8,
+        ) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            results.append([output.outputs[0].token_ids for output in outputs])
+            worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+            (builder,) = worker._builders
+            assert builder.buffers.block_table.shape == (8, BUDGET_BLOCKS + 512 // BLOCK_SIZE + 1)
+            assert llm.trace.num_preemptions == 0
+    assert results[0] == results[1]
 
 
 def test_stock_refuses_that_prompt(llama: str) -> None:

@@ -94,12 +94,6 @@ def test_no_flag_no_change(llama: str) -> None:
             ["--block-size", "128"],
             r"--block-size 128 .*recent_tokens 64; allowed: a block size of at most 64",
         ),
-        (["--pipeline-parallel-size", "2"], r"--pipeline-parallel-size 2 \(allowed: 1\)"),
-        (["--kv-cache-dtype", "fp8"], r"--kv-cache-dtype fp8 \(allowed: auto"),
-        (
-            ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
-            "--speculative-config",
-        ),
     ],
 )
 def test_refused_at_start(flags: list[str], message: str, llama: str) -> None:

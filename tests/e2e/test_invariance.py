@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +72,59 @@ def test_with_a_cached_prefix(alone: Result, llama: str) -> None:
         # Exact blocks are those before the first eviction, whose own query is computed anew.
         exact = [min(512, n) - 1 if n > 288 else n - 1 for n in LENGTHS]
         assert stats.hits == sum(n // 32 * 32 for n in exact)
+
+
+def test_a_cached_prefix_of_a_hybrid_model(gemma: str) -> None:
+    """A hit ends where the layers with a window hold the window before it."""
+    with engine(
+        gemma, policy="semantic", kv_policy_config=OPTIONS, enable_prefix_caching=True
+    ) as llm:
+        first = run(llm, PROMPTS)
+        # vLLM keeps a window at the end of a hit only once it has met the prefix twice.
+        assert run(llm, PROMPTS) == first
+        assert run(llm, PROMPTS) == first
+        outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        assert [output.num_cached_tokens for output in outputs] == [480, 32, 480, 480, 480, 224]
+
+
+@pytest.mark.parametrize("threshold", [48, 200])
+def test_in_small_chunks(threshold: int, alone: Result, llama: str) -> None:
+    """Long prompts make way for others; eviction points stay where they are."""
+    with engine(
+        llama,
+        policy="semantic",
+        kv_policy_config=OPTIONS,
+        long_prefill_token_threshold=threshold,
+    ) as llm:
+        assert run(llm, PROMPTS) == alone
+
+
+def test_with_the_window_disabled(alone: Result, llama: str, tmp_path: Path) -> None:
+    """A window that is turned off is full attention, and under the policy."""
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    config["sliding_window"] = 2048
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with engine(
+        str(tmp_path), policy="semantic", kv_policy_config=OPTIONS, disable_sliding_window=True
+    ) as llm:
+        assert run(llm, PROMPTS) == alone
+
+
+def test_after_preemption_by_priority(alone: Result, llama: str) -> None:
+    """The least urgent lose everything, whoever came last."""
+    with engine(
+        llama,
+        policy="semantic",
+        kv_policy_config=OPTIONS,
+        num_gpu_blocks_override=36,
+        scheduling_policy="priority",
+    ) as llm:
+        outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False, priority=[3, 1, 2, 6, 5, 4])
+        assert llm.trace.num_preemptions > 0
+        tokens = [tuple(output.outputs[0].token_ids) for output in outputs]
+        assert list(zip(tokens, llm.trace.by_index(), strict=True)) == alone
 
 
 def test_after_preemption(alone: Result, llama: str) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
 
 from .. import interpreter
-from ..engines import engine, scheduler_of
+from ..engines import engine, reset_trace, scheduler_of
 from ..models import random_prompts
-from ..oracle import Case, judge
+from ..oracle import Case, Verdict, judge
 
 POLICIES: dict[str, dict[str, Any]] = {
     "streaming": {"sink_tokens": 4, "recent_tokens": 128},
@@ -27,9 +27,20 @@ RULES: dict[str, dict[str, Any]] = {
     for name in ("h2o", "tova", "snapkv", "paged_eviction", "knorm", "keydiff", "quest", "ucm")
 }
 
+OTHER_LAYERS = {
+    "gemma": "SlidingWindowSpec",
+    "gpt_oss": "SlidingWindowSpec",
+    "granite_hybrid": "MambaSpec",
+}
+"""What the layers without full attention keep."""
+
 # Float32 on both sides, two layers: the two differ in summation order alone. The bound is
 # float32's unit roundoff times the number of sums behind a logit (width x layers x length).
 TOLERANCE = 2**-24 * 256 * 2 * 16
+
+
+Run = tuple[Case, dict[int, list[int]], Any]
+"""What one request was, evicted and answered."""
 
 
 @pytest.mark.parametrize(
@@ -41,61 +52,111 @@ def test_engine_agrees_with_oracle(
 ) -> None:
     model = request.getfixturevalue(architecture)
     prompts = random_prompts([600, 60, 900, 300])
-    eviction_steps = assert_policies_agree(
-        model, prompts, 280, block_size, hybrid=architecture == "gemma"
-    )
+    runs: list[Run] = []
+    for policy in POLICIES:
+        with start(model, policy, block_size=block_size) as llm:
+            assert_only_full_attention(llm, OTHER_LAYERS.get(architecture))
+            runs += generate(llm, model, policy, prompts, 280)
+    assert_agree(runs)
+    eviction_steps = {frozenset(trace) for _, trace, _ in runs if trace}
     assert len(eviction_steps) > 4, "requests must evict in different steps"
+
+
+@pytest.mark.parametrize("architecture", ["gpt_oss", "granite_hybrid"])
+def test_hybrid_models_agree_with_oracle(architecture: str, request: pytest.FixtureRequest) -> None:
+    """Learned sinks beside the keys, Mamba states beside the blocks."""
+    model = request.getfixturevalue(architecture)
+    with start(model, "semantic") as llm:
+        assert_only_full_attention(llm, OTHER_LAYERS[architecture])
+        assert_agree(generate(llm, model, "semantic", random_prompts([700, 330]), 100))
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_of_the_field_agree_with_oracle(rule: str, llama: str) -> None:
     """Each rule evicts what its paper's formula says, from queries, keys, values, attention."""
-    assert_policies_agree(llama, random_prompts([700, 330]), 150, 32, policies=(rule,))
+    with start(llama, rule) as llm:
+        assert_agree(generate(llm, llama, rule, random_prompts([700, 330]), 150))
 
 
-def assert_policies_agree(
-    model: str,
-    prompts: list[Any],
-    max_tokens: int,
-    block_size: int,
-    hybrid: bool = False,
-    policies: Iterable[str] = POLICIES,
-) -> set[frozenset[int]]:
-    """Hold policies to the oracle.
+def test_chunk_sizes_agree_with_oracle(llama: str) -> None:
+    """Whatever a step takes of a prompt: less than a budget, more, not whole blocks, all of it."""
+    runs: list[Run] = []
+    for chunk in (96, 1000, 2048):
+        chunked = chunk < 2048
+        with start(
+            llama, "semantic", max_num_batched_tokens=chunk, enable_chunked_prefill=chunked
+        ) as llm:
+            runs += generate(llm, llama, "semantic", random_prompts([1100, 300]), 40)
+    assert_agree(runs)
+
+
+def test_prompt_logprobs_agree_with_oracle(llama: str) -> None:
+    """A token of the prompt is as likely as what is left of the tokens before it makes it."""
+    (prompt,) = random_prompts([1200])
+    with start(llama, "semantic", enable_prefix_caching=True) as llm:
+        runs = [
+            run
+            for _ in range(2)
+            for run in generate(llm, llama, "semantic", [prompt], 2, prompt_logprobs=0)
+        ]
+    assert runs[0][1].keys() == {512, 1024, 1200}
+    tokens = prompt["prompt_token_ids"]
+    for (_, _, answer), verdict in zip(runs, assert_agree(runs), strict=True):
+        of_tokens = zip(answer.prompt_logprobs[1:], tokens[1:], strict=True)
+        said = [row[token].logprob for row, token in of_tokens]
+        assert said == pytest.approx(verdict.prompt_logprobs, abs=TOLERANCE)
+
+
+def start(model: str, policy: str, **engine_args: Any) -> AbstractContextManager[Any]:
+    """An engine under one of the policies above."""
+    options = (POLICIES | RULES)[policy]
+    name = policy.partition(",")[0]
+    return engine(model, policy=name, kv_policy_config=options, **engine_args)
+
+
+def generate(
+    llm: Any, model: str, policy: str, prompts: list[Any], max_tokens: int, **params: Any
+) -> list[Run]:
+    """Serve prompts; each with what the oracle has to know of it."""
+    config = llm.llm_engine.vllm_config
+    reset_trace(llm)
+    outputs = llm.generate(
+        prompts,
+        SamplingParams(
+            max_tokens=max_tokens,
+            temperature=0,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=1,
+            **params,
+        ),
+        use_tqdm=False,
+    )
+    cases = [
+        Case(
+            model=model,
+            token_ids=list(output.prompt_token_ids) + list(output.outputs[0].token_ids),
+            num_prompt_tokens=len(output.prompt_token_ids),
+            block_size=config.cache_config.block_size,
+            prefill_interval=config.scheduler_config.max_num_batched_tokens,
+            eviction_delay=int(interpreter.wanted()),
+            **case_options(policy.partition(",")[0], (POLICIES | RULES)[policy]),
+        )
+        for output in outputs
+    ]
+    return list(zip(cases, llm.trace.by_index(), outputs, strict=True))
+
+
+def assert_agree(runs: list[Run]) -> list[Verdict]:
+    """Hold requests to the oracle.
 
     Returns:
-        The steps at which requests evicted.
+        What it says of each.
     """
-    params = SamplingParams(
-        max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False, logprobs=1
-    )
-    cases: list[Case] = []
-    traces: list[dict[int, list[int]]] = []
-    answers: list[Any] = []
-    for policy in policies:
-        options = (POLICIES | RULES)[policy]
-        name = policy.partition(",")[0]
-        with engine(model, policy=name, kv_policy_config=options, block_size=block_size) as llm:
-            assert_only_full_attention(llm, hybrid)
-            outputs = llm.generate(prompts, params, use_tqdm=False)
-            traces += llm.trace.by_index()
-        for prompt, output in zip(prompts, outputs, strict=True):
-            completion = output.outputs[0]
-            answers.append(completion)
-            cases.append(
-                Case(
-                    model=model,
-                    token_ids=prompt["prompt_token_ids"] + list(completion.token_ids),
-                    num_prompt_tokens=len(prompt["prompt_token_ids"]),
-                    block_size=block_size,
-                    prefill_interval=512,
-                    eviction_delay=int(interpreter.wanted()),
-                    **case_options(name, options),
-                )
-            )
-    for case, trace, answer, verdict in zip(cases, traces, answers, judge(cases), strict=True):
-        assert_agrees(case, trace, answer, verdict)
-    return {frozenset(trace) for trace in traces if trace}
+    verdicts = judge([case for case, _, _ in runs])
+    for (case, trace, output), verdict in zip(runs, verdicts, strict=True):
+        assert_agrees(case, trace, output.outputs[0], verdict)
+    return verdicts
 
 
 def case_options(policy: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -105,11 +166,11 @@ def case_options(policy: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"rule": {"streaming": "age", "semantic": similarity}.get(policy, policy), **words}
 
 
-def assert_only_full_attention(llm: Any, hybrid: bool) -> None:
+def assert_only_full_attention(llm: Any, other_layers: str | None) -> None:
     """The policy is on the full-attention groups and on no other."""
     groups = scheduler_of(llm).kv_cache_config.kv_cache_groups
     kinds = {type(group.kv_cache_spec).__name__ for group in groups}
-    assert kinds == ({"SemanticSpec", "SlidingWindowSpec"} if hybrid else {"SemanticSpec"})
+    assert kinds == {"SemanticSpec"} | ({other_layers} if other_layers else set())
 
 
 def assert_agrees(case: Case, trace: dict[int, list[int]], answer: Any, verdict: Any) -> None:

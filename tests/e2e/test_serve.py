@@ -32,6 +32,7 @@ FLAGS = [
     "--max-model-len=2048",
     "--kv-cache-memory-bytes=67108864",
     "--enforce-eager",
+    "--enable-log-requests",
 ]
 
 
@@ -113,6 +114,11 @@ def test_start_log_says_what_runs(server: Server) -> None:
     assert f"held as 5 blocks of {BLOCK_SIZE} (160 tokens) per request" in log
     assert f"KV policy semantic: {POOL_BLOCKS - 1} blocks hold 6 requests of 2048 tokens" in log
     assert "the full cache would hold 0" in log
+
+
+def test_requests_are_logged(server: Server) -> None:
+    test_chat(server)
+    assert "Received request chatcmpl-" in server.log.read_text()
 
 
 def test_chat(server: Server) -> None:

@@ -9,7 +9,7 @@ import torch
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from ..e2e.test_oracle import assert_policies_agree
+from ..e2e.test_oracle import assert_agree, generate, start
 from ..models import random_prompts
 
 
@@ -25,5 +25,7 @@ def test_triton_attn_agrees_with_oracle(llama: str, monkeypatch: pytest.MonkeyPa
     # The interpreter has no device to ask; the kernels use it to choose tile sizes.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     prompts = random_prompts([250, 230])
-    assert_policies_agree(llama, prompts, max_tokens=20, block_size=16, policies=["semantic"])
+    with start(llama, "semantic", block_size=16) as llm:
+        runs = generate(llm, llama, "semantic", prompts, max_tokens=20)
+    assert_agree(runs)
     assert set(chosen) == {"vllm_semantic.engine.backend.TRITON_ATTN"}

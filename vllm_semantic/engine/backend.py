@@ -18,10 +18,9 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from ..hooks import WRAPPED_BACKENDS
 from .held_blocks import HeldRows
 from .query_windows import QueryWindows
-
-WRAPPED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "XFORMERS")
 
 HeldRowsOf = Callable[[CommonAttentionMetadata], "HeldRows | None"]
 """Says which entries of their block tables the rows of a batch hold; ``None`` for all."""
@@ -218,7 +217,7 @@ def wrap_backend(name: str) -> type[AttentionBackend]:
     """The backend of ``AttentionBackendEnum[name]`` with both mixins.
 
     Raises:
-        KeyError: ``name`` is not one of :data:`WRAPPED_BACKENDS`.
+        KeyError: ``name`` is not one of :data:`~..hooks.WRAPPED_BACKENDS`.
     """
     if name not in WRAPPED_BACKENDS:
         raise KeyError(name)

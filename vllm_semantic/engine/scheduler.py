@@ -164,13 +164,16 @@ class KVPolicyMixin(Scheduler):
         return num_new_tokens
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        """Look a prefix up, but leave the query of the first eviction to be computed."""
+        """Look a prefix up, but leave the queries of the first eviction to be computed."""
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         for manager in self.kv_policy_managers.values():
             limit = manager.max_prefix_hit_tokens(request)
-            if limit is not None and num_tokens > limit:
-                num_tokens = limit // self.block_size * self.block_size
-                blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_tokens)
+            if limit is not None and max(num_tokens, boundary) > limit:
+                # Not cut short: a layer with a window holds the end of one hit, not of another.
+                lookup = self.kv_cache_manager.coordinator.find_longest_cache_hit
+                found, num_tokens, num_uncached = lookup(request.block_hashes, limit)
+                blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
+                boundary = num_tokens + num_uncached if num_uncached else 0
         return blocks, num_tokens, boundary, diverged
 
     def _group_kinds(self) -> str:
