@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_semantic.engine.cached_kv import CachedKV
 from vllm_semantic.ops.cached_blocks import CachedBlocks
 from vllm_semantic.ops.kernels import scoring
-from vllm_semantic.ops.scoring import block_logsumexp, cached_attention, mean_key_cosine
+from vllm_semantic.ops.scoring import cached_attention, mean_key_cosine
 from vllm_semantic.policies import BlockView
 
 
@@ -63,7 +62,6 @@ def score_both(
         requests=torch.arange(len(ids)),
         first_positions=torch.zeros(len(ids), dtype=torch.int64),
         scale=1.0,
-        gather_keys=pytest.fail,
     )
     scores = scoring.mean_key_cosine(cached)
     expected = reference(queries, rows, keys, block_ids, kernel_blocks)
@@ -109,8 +107,7 @@ def test_zero_vectors_have_no_direction() -> None:
     queries = torch.zeros(1, 1, 2, 64)
     keys = torch.zeros(1, 2, 2, 16, 64)
     zero = torch.zeros(1, dtype=torch.int64)
-    places = (zero, zero, zero)
-    cached = CachedBlocks(queries, zero.view(1, 1), zero, keys, 1, *places, 1.0, pytest.fail)
+    cached = CachedBlocks(queries, zero.view(1, 1), zero, keys, 1, zero, zero, zero, 1.0)
     assert scoring.mean_key_cosine(cached).tolist() == [[0.0]]
 
 
@@ -132,8 +129,8 @@ def attention_both(
     num_ids = sum(len(blocks) for blocks, _ in held) + 1
     queries = torch.randn(num_layers, num_rows, num_heads, head_size, generator=generator)
     shape = (num_layers, num_ids * kernel_blocks, num_kv_heads, block_size, head_size)
-    kv_cache = torch.randn(*shape[:4], 2 * head_size, generator=generator).to(dtype)
-    queries, keys = queries.to(dtype), kv_cache[..., :head_size]
+    keys = torch.randn(*shape[:4], 2 * head_size, generator=generator)[..., :head_size]
+    queries, keys = queries.to(dtype), keys.to(dtype)
     block_ids = torch.randperm(num_ids, generator=generator)[: num_ids - 1]
     requests = torch.tensor([i for i, (blocks, _) in enumerate(held) for _ in blocks])
     indices = torch.tensor([block for blocks, _ in held for block in blocks])
@@ -152,12 +149,9 @@ def attention_both(
         requests,
         indices * size,
         head_size**-0.5,
-        gather_keys=CachedKV(kv_cache, head_size, kernel_blocks).gather_keys,
     )
-    kernel = scoring.block_logsumexp(cached)
-    # The same in plain torch: minus infinity in the same places, and elsewhere as below.
-    torch.testing.assert_close(kernel, block_logsumexp(cached), rtol=2**-16, atol=2**-16)
     scores = cached_attention(cached)
+    assert scores is not None
     for i, num in enumerate(num_tokens):
         mine = requests == i
         kernel_ids = block_ids[mine].unsqueeze(1) * kernel_blocks + torch.arange(kernel_blocks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +11,10 @@ import torch
 
 from vllm_semantic.engine import scorer
 from vllm_semantic.engine.backend import CapturingImpl, KeptQueries
-from vllm_semantic.engine.cached_kv import CachedKV, Places
+from vllm_semantic.engine.cached_kv import CachedKV
 from vllm_semantic.engine.query_windows import QueryWindows
 from vllm_semantic.engine.scorer import BlockScorer, ScoredLayers
 from vllm_semantic.messages import ScoreRequest
-from vllm_semantic.ops import scoring
 from vllm_semantic.ops.cached_blocks import CachedBlocks
 from vllm_semantic.policies import BlockView, SemanticPolicy
 from vllm_semantic.policies.tova import TOVAPolicy
@@ -112,51 +110,6 @@ def test_a_view_shows_the_window_in_order_and_what_is_being_filled() -> None:
         assert (view.num_tokens, view.scale) == (18, HEAD_SIZE**-0.5)
         means.append(kv_cache[:, :2, ..., HEAD_SIZE:].mean((2, 3, 4)))
     assert scores[0]["b"] == pytest.approx(torch.cat(means).mean(0).tolist(), abs=2**-20)
-
-
-class ByView(SemanticPolicy):
-    """The same formula, request by request: what inherits no kernel."""
-
-    def score(self, view: BlockView) -> torch.Tensor:
-        return super().score(view)
-
-
-@pytest.mark.parametrize("similarity", ["attention", "study"])
-@pytest.mark.parametrize("kernel_blocks", [1, 2])
-@pytest.mark.parametrize("scattered", [False, True])
-@pytest.mark.parametrize("max_gathered", [1, 1 << 25])
-def test_all_requests_at_once_score_as_one_by_one(
-    similarity: str,
-    kernel_blocks: int,
-    scattered: bool,
-    max_gathered: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    torch.manual_seed(3)
-    monkeypatch.setattr(scoring, "MAX_GATHERED", max_gathered)
-    stack = [random_layers(2, kernel_blocks), random_layers(1, kernel_blocks)]
-    if scattered:  # as the CPU kernels of some instruction sets keep them
-        places = Places(torch.randperm(BLOCK_SIZE * HEAD_SIZE), torch.zeros(0))
-        stack = [replace(of, cache=replace(of.cache, places=places)) for of in stack]
-    size = BLOCK_SIZE * kernel_blocks
-    rings = QueryWindows(SemanticPolicy().num_queries, MAX_REQS)
-    for layers in range(len(stack)):
-        queries = torch.randn(len(stack[layers].queries), rings.spare_row + 1, 4, HEAD_SIZE)
-        stack[layers] = replace(stack[layers], queries=queries)
-    places_of = {
-        "b": (5 * size, [1, 4], [3, 8]),
-        "a": (9 * size + 1, [2, 7, 8], [3, 5, 0, 6]),  # one is being filled
-        "c": (3 * size + size - 1, [0, 2], [1, 9, 4]),
-    }
-
-    def answers(policy: SemanticPolicy) -> list[float]:
-        asked = {0: {name: ScoreRequest(policy, *of) for name, of in places_of.items()}}
-        found = BlockScorer({0: stack}, rings)(asked).collect()[0]
-        assert list(found) == list(places_of)
-        return [score for name in places_of for score in found[name]]
-
-    expected = answers(ByView(similarity=similarity))
-    assert answers(SemanticPolicy(similarity=similarity)) == pytest.approx(expected, abs=2**-18)
 
 
 def test_many_blocks_are_gathered_a_few_layers_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,11 +36,6 @@ class CachedKV:
     places: Places | None = None
     """``None``: a key lies next to its value. Else all of a head's keys come first."""
 
-    @property
-    def block_size(self) -> int:
-        """Tokens in one block of the block manager."""
-        return self.kernel_blocks * self.kv_cache.shape[3]
-
     @cached_property
     def keys(self) -> torch.Tensor | None:
         """All keys as a view, ``[num_layers, num_kernel_blocks, num_kv_heads,

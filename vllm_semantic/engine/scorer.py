@@ -205,22 +205,25 @@ class BlockScorer:
         rows = async_tensor_h2d(windows, device, torch.int64)
         scores = []
         for layers in group:
+            keys = layers.cache.keys
+            if keys is None:
+                return None
+            size = layers.cache.kernel_blocks * keys.shape[3]
             cached = CachedBlocks(
                 layers.queries,
                 rows[:, :-1].contiguous(),
                 rows[:, -1].contiguous(),
-                layers.cache.keys,
+                keys,
                 layers.cache.kernel_blocks,
                 block_ids,
                 requests,
-                indices * layers.cache.block_size,
+                indices * size,
                 layers.scale,
-                layers.cache.gather_keys,
             )
             of_layers = policy.score_cached(cached)
             if of_layers is None:
                 return None
-            scores.append(_checked(of_layers, len(layers.queries), len(block_ids)))
+            scores.append(_checked(of_layers, len(keys), len(block_ids)))
         means = torch.cat(scores).mean(0)
         if len(full) == len(block_ids):
             return means

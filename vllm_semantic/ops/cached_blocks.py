@@ -1,6 +1,5 @@
 """Blocks of many requests, left where they are in the cache."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class CachedBlocks:
-    """What scoring many blocks at once needs, in attention layers of one shape."""
+    """What a kernel needs to score blocks in place, in attention layers of one shape."""
 
     queries: torch.Tensor
     """``[num_layers, num_rows, num_heads, head_size]`` of the model's dtype, after RoPE."""
@@ -19,10 +18,9 @@ class CachedBlocks:
     num_tokens: torch.Tensor
     """``[num_reqs]`` int64, tokens computed of each request."""
 
-    keys: torch.Tensor | None
+    keys: torch.Tensor
     """``[num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size, head_size]``, a view of
-    the cache with any strides; bf16, fp16, fp32 or an fp8 dtype. ``None`` if the attention
-    kernels scatter them."""
+    the cache with any strides; bf16, fp16, fp32 or an fp8 dtype."""
 
     kernel_blocks: int
     """Block ``b`` is this many kernel blocks in a row, from ``b * kernel_blocks``."""
@@ -38,7 +36,3 @@ class CachedBlocks:
 
     scale: float
     """What attention multiplies a dot product with."""
-
-    gather_keys: Callable[[torch.Tensor], torch.Tensor]
-    """Copies the keys of some blocks, ``[num_blocks]`` int64 ids, to ``[num_layers, num_blocks,
-    num_kv_heads, block_size, head_size]``; for a device that no kernel is for."""

@@ -131,7 +131,7 @@ class KVPolicy(ABC):
         raise TypeError(f"policy {self.name!r} keeps blocks by age and has no score")
 
     def score_cached(self, cached: CachedBlocks) -> torch.Tensor | None:
-        """The same scores for all requests at once, if there is something faster.
+        """The same scores by a fused kernel that reads the cache in place, if there is one.
 
         Returns:
             ``[num_layers, num_blocks]`` fp32, also for a block that is being filled; or

@@ -49,6 +49,6 @@ class SemanticPolicy(KVPolicy):
             return mean_key_cosine(view.queries[:, -1], view.full.keys)
         return view.attention_to_blocks().mean(1)
 
-    def score_cached(self, cached: CachedBlocks) -> torch.Tensor:
-        score = cached_mean_key_cosine if self.similarity == "study" else cached_attention
-        return score(cached)
+    def score_cached(self, cached: CachedBlocks) -> torch.Tensor | None:
+        by_kernel = cached_mean_key_cosine if self.similarity == "study" else cached_attention
+        return by_kernel(cached)

@@ -70,7 +70,6 @@ def mean_key_cosine_kernel(
 
 def mean_key_cosine(cached: CachedBlocks) -> torch.Tensor:
     """Score blocks in the cache itself: see ``ops.scoring.cached_mean_key_cosine``."""
-    assert cached.keys is not None
     num_layers, _, num_heads, head_size = cached.queries.shape
     num_kv_heads, block_size = cached.keys.shape[2:4]
     num_blocks = len(cached.block_ids)
@@ -182,7 +181,6 @@ def block_logsumexp_kernel(
 
 def block_logsumexp(cached: CachedBlocks) -> torch.Tensor:
     """Log of the sum of exponentials of each block's logits: see ``ops.scoring``."""
-    assert cached.keys is not None
     num_layers, _, num_heads, head_size = cached.queries.shape
     num_kv_heads, block_size = cached.keys.shape[2:4]
     num_queries = cached.windows.shape[1]
