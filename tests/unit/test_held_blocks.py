@@ -148,6 +148,7 @@ def test_a_step_costs_what_is_held() -> None:
     assert rows is not None
     assert rows.columns.tolist() == [[0, 99_997, 99_998, 99_999], [0, 1, 2, 3]]
     assert rows.evicted_tokens.tolist() == [99_996 * 16, 0]
+    assert rows.seq_lens.tolist() == [4 * 16, 20]
 
 
 def test_what_is_not_held_cannot_be_lost() -> None:

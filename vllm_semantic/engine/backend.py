@@ -138,9 +138,6 @@ class CompactingBuilder:
         Keys are cached after RoPE, so the order and positions of what is kept do not change, and
         a request's newest tokens, never evicted, stay last: bottom-right causal masks hold.
         """
-        upper_bound = common.seq_lens_cpu_upper_bound
-        assert upper_bound is not None
-        lengths = upper_bound - torch.from_numpy(held.evicted_tokens)
         block_table, seq_lens = self._rows(buffers, common.num_reqs)
         table = common.block_table_tensor
         # Behind a sequence's end a column may lie behind the table's too.
@@ -153,8 +150,8 @@ class CompactingBuilder:
         return common.replace(
             block_table_tensor=block_table,
             seq_lens=seq_lens,
-            seq_lens_cpu_upper_bound=lengths,
-            max_seq_len=int(lengths.max()),
+            seq_lens_cpu_upper_bound=torch.from_numpy(held.seq_lens),
+            max_seq_len=int(held.seq_lens.max()),
             _num_computed_tokens_cache=None,
         )
 

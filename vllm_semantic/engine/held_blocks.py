@@ -20,6 +20,9 @@ class HeldRows(NamedTuple):
     evicted_tokens: np.ndarray
     """``[num_reqs]`` int32, tokens that each row has lost."""
 
+    seq_lens: np.ndarray
+    """``[num_reqs]`` int32, tokens that are left of each."""
+
 
 class HeldBlocks:
     """The blocks that the requests of a KV cache group hold, by their place in their tables.
@@ -87,7 +90,7 @@ class HeldBlocks:
 
         Args:
             request_ids: the batch's requests, row by row.
-            seq_lens: ``[num_reqs]``, tokens of each once the step has run, evicted ones too;
+            seq_lens: ``[num_reqs]`` int32, tokens of each once the step has run, evicted ones too;
                 rows that pad the batch come last.
 
         Returns:
@@ -98,5 +101,6 @@ class HeldBlocks:
         if not rows.any():
             return None
         evicted = self._evicted_tokens[rows]
-        num_columns = -(-int((seq_lens - evicted).max()) // self._kernel_block_size)
-        return HeldRows(self._columns[:, :num_columns][rows], evicted)
+        left = seq_lens - evicted
+        num_columns = -(-int(left.max()) // self._kernel_block_size)
+        return HeldRows(self._columns[:, :num_columns][rows], evicted, left)
