@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +12,8 @@ from typing import Any
 
 import openai
 import pytest
+
+from ..server import Server, serve_command
 
 POOL_BLOCKS = 48
 BLOCK_SIZE = 32
@@ -36,71 +34,14 @@ FLAGS = [
 ]
 
 
-class Server:
-    """A server process, its client and its log."""
-
-    def __init__(self, model: Path, log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.model = str(model)
-        self.log = log
-        # One process for the engine as a user gets it, unlike the other tests.
-        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        environment |= {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        self.process = subprocess.Popen(
-            [*serve_command(model), f"--port={self.port}", *FLAGS],
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=120)
-
-    def wait(self) -> None:
-        for _ in range(600):
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=5)
-                return
-            except OSError:
-                time.sleep(0.5)
-        raise TimeoutError(self.log.read_text()[-4000:])
-
-    def metric(self, name: str) -> float:
-        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=30).read().decode()
-        values = [line.rsplit(" ", 1)[1] for line in text.splitlines() if line.startswith(name)]
-        return sum(float(value) for value in values)
-
-    def idle(self) -> bool:
-        """No request runs or waits, and no block is held."""
-        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-        return not any(self.metric(name) for name in (*names, "vllm:kv_cache_usage_perc"))
-
-
-def serve_command(model: Path) -> list[str]:
-    return [str(Path(sys.executable).parent / "vllm"), "serve", str(model)]
-
-
 @pytest.fixture(scope="module")
 def server(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(repo / "models" / "lookback-5m", tmp_path_factory.mktemp("serve") / "log")
-    try:
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with Server(repo / "models" / "lookback-5m", log, FLAGS) as server:
         server.wait()
         yield server
         assert server.process.poll() is None, "the server died"
-        wait_until_idle(server)
-    finally:
-        server.process.terminate()
-        server.process.wait(60)
-
-
-def wait_until_idle(server: Server) -> None:
-    for _ in range(100):
-        if server.idle():
-            return
-        time.sleep(0.2)
-    raise AssertionError("blocks or requests are left behind")
+        server.wait_until_idle()
 
 
 def long_text(repo: Path, num_chars: int) -> str:
@@ -175,7 +116,7 @@ def test_parallel_requests_need_eviction(server: Server, repo: Path) -> None:
     assert [completion for completion, _ in results] == [800] * 16
     assert 6 * min(total for _, total in results) > 4 * POOL_BLOCKS * BLOCK_SIZE
     assert server.metric("vllm:num_preemptions_total") == preemptions
-    wait_until_idle(server)
+    server.wait_until_idle()
 
 
 def test_metrics_count_what_was_evicted(server: Server, repo: Path) -> None:
@@ -194,7 +135,7 @@ def test_metrics_count_what_was_evicted(server: Server, repo: Path) -> None:
     server.client.completions.create(
         model=server.model, prompt=long_text(repo, 2400), max_tokens=100, temperature=0
     )
-    wait_until_idle(server)
+    server.wait_until_idle()
     more = {name: value - before[name] for name, value in read().items()}
     assert more["evicting_requests"] == 1
     assert more["score_age_steps_count"] == more["evictions"] > 2
@@ -219,7 +160,7 @@ def test_disconnect_returns_blocks(server: Server, repo: Path) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(hang_up, range(8)))
-    wait_until_idle(server)
+    server.wait_until_idle()
     assert server.metric("vllm:request_success_total") > 0
     test_chat(server)
 

@@ -1,0 +1,109 @@
+"""A ``vllm serve`` process, its client, its metrics and its log."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import openai
+import psutil
+
+
+class Server:
+    """A server on a free port; leaving the context ends it.
+
+    Args:
+        model: a folder.
+        log: takes what the server prints; appended to.
+        flags: of ``vllm serve``.
+    """
+
+    def __init__(self, model: Path, log: Path, flags: Sequence[str]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.model = str(model)
+        self.log = log
+        self.command = [*serve_command(model), f"--port={self.port}", *flags]
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=120)
+        self.start()
+
+    def start(self) -> None:
+        """Start the process, or another one at the same address."""
+        # One process for the engine as a user gets it, unlike the other tests.
+        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        environment |= {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.process.poll() is None:
+            self.stop(60)
+
+    def wait(self) -> None:
+        """Until it serves."""
+        for _ in range(600):
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5)
+                return
+            except OSError:
+                time.sleep(0.5)
+        raise TimeoutError(self.log.read_text()[-4000:])
+
+    def stop(self, seconds: float) -> int:
+        """End it by SIGTERM; its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it took longer; it is killed then.
+        """
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(seconds)
+        finally:
+            self.process.kill()
+
+    def children(self) -> list[psutil.Process]:
+        """The processes of its engine."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def rss(self) -> float:
+        """Resident memory of all its processes in MiB."""
+        processes = [psutil.Process(self.process.pid), *self.children()]
+        return sum(process.memory_info().rss for process in processes) / 2**20
+
+    def metric(self, name: str) -> float:
+        """The sum of the metrics whose names begin so."""
+        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=30).read().decode()
+        values = [line.rsplit(" ", 1)[1] for line in text.splitlines() if line.startswith(name)]
+        return sum(float(value) for value in values)
+
+    def idle(self) -> bool:
+        """No request runs or waits, and no block is held."""
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+        return not any(self.metric(name) for name in (*names, "vllm:kv_cache_usage_perc"))
+
+    def wait_until_idle(self) -> None:
+        for _ in range(100):
+            if self.idle():
+                return
+            time.sleep(0.2)
+        raise AssertionError("blocks or requests are left behind")
+
+
+def serve_command(model: Path) -> list[str]:
+    return [str(Path(sys.executable).parent / "vllm"), "serve", str(model)]
