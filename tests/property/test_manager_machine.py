@@ -380,7 +380,7 @@ def test_manager() -> None:
     run_state_machine_as_test(
         partial(ManagerMachine, seen),
         settings=settings(
-            max_examples=500,
+            max_examples=500 * int(os.environ.get("EXPLORE", 1)),
             stateful_step_count=40,
             deadline=None,
             derandomize="EXPLORE" not in os.environ,

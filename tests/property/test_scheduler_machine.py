@@ -387,7 +387,7 @@ def test_schedulers(asynchronous: bool, policies: list[dict[str, Any]], llama: s
     run_state_machine_as_test(
         lambda: SchedulerMachine(llama, asynchronous, policies, seen),
         settings=settings(
-            max_examples=400,
+            max_examples=400 * int(os.environ.get("EXPLORE", 1)),
             stateful_step_count=40,
             deadline=None,
             derandomize="EXPLORE" not in os.environ,
