@@ -10,11 +10,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from .. import interpreter
+
+Run = subprocess.CompletedProcess[str]
 
 SUITES = {
     "kernels": [
@@ -40,9 +44,17 @@ SUITES = {
 }
 
 
-@pytest.mark.parametrize("suite", SUITES)
-def test_runner_v2(suite: str, repo: Path) -> None:
-    run = subprocess.run(
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, repo: Path) -> Iterator[dict[str, Future[Run]]]:
+    """All suites that were asked for, two at a time: each keeps one core busy."""
+    items = (item for item in request.session.items if item.fspath == request.node.fspath)
+    suites = [item.callspec.params["suite"] for item in items]  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(2) as pool:
+        yield {suite: pool.submit(run_suite, suite, repo) for suite in suites}
+
+
+def run_suite(suite: str, repo: Path) -> Run:
+    return subprocess.run(
         [sys.executable, "-m", "pytest", *SUITES[suite]],
         cwd=repo,
         env=os.environ | {interpreter.SWITCH: "V2"},
@@ -50,6 +62,11 @@ def test_runner_v2(suite: str, repo: Path) -> None:
         text=True,
         check=False,
     )
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_runner_v2(suite: str, runs: dict[str, Future[Run]]) -> None:
+    run = runs[suite].result()
     assert run.returncode == 0, run.stdout[-5000:]
     summary = run.stdout.strip().rpartition("\n")[2]
     passed = re.match(r"(\d+) passed(, \d+ warnings?)? in", summary)
