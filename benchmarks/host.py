@@ -76,17 +76,7 @@ class Host:
             spec = semantic_spec(spec, ServedPolicies.from_config(policy), config)
             scheduler, worker = resolve_obj_by_qualname(SCHEDULERS[False]), PolicyWorker
         num_blocks = max_num_seqs * -(-max_model_len // block_size) + 1
-        config.cache_config.num_gpu_blocks = num_blocks
-        self.scheduler = scheduler(
-            vllm_config=config,
-            kv_cache_config=KVCacheConfig(
-                num_blocks=num_blocks,
-                kv_cache_tensors=[],
-                kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-            ),
-            structured_output_manager=StructuredOutputManager(config),
-            block_size=block_size,
-        )
+        self.scheduler = make_scheduler(scheduler, config, spec, num_blocks)
         self.worker = worker(config, spec)
 
     def start(self, prompts: list[list[int]]) -> None:
@@ -118,6 +108,21 @@ class Host:
         """Blocks that the policy took so far."""
         managers: dict[int, Any] = getattr(self.scheduler, "kv_policy_managers", {})
         return sum(manager.stats.evicted_blocks for manager in managers.values())
+
+
+def make_scheduler(cls: type[Scheduler], config: Any, spec: Any, num_blocks: int) -> Any:
+    """A scheduler of one KV cache group that no model has been loaded for."""
+    config.cache_config.num_gpu_blocks = num_blocks
+    return cls(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(
+            num_blocks=num_blocks,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        ),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=spec.block_size,
+    )
 
 
 class PlainBuilder:

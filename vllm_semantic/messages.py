@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,12 @@ def attach_policy(request: Any, policy: KVPolicy) -> None:
 def policy_of(request: Any, default: KVPolicy) -> KVPolicy:
     """The policy of a vLLM ``Request``."""
     return getattr(request, "kv_policy", default)
+
+
+def extra_args_of(request: Any) -> Mapping[str, Any]:
+    """The ``SamplingParams.extra_args`` of a vLLM ``Request``."""
+    params = request.sampling_params
+    return (params and params.extra_args) or {}
 
 
 def attach_step(scheduler_output: Any, step: KVPolicyStep) -> None:

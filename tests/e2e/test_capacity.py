@@ -13,18 +13,21 @@ from ..models import make_llama, random_prompts
 BLOCK_SIZE = 32
 SEMANTIC = {"sink_tokens": 32, "recent_tokens": 64, "semantic_tokens": 96}
 BUDGET_BLOCKS = 6
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
 
 
 @pytest.fixture(scope="module")
 def small_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_llama(
         tmp_path_factory.mktemp("small-llama"),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
+        **SMALL,
     )
 
 
@@ -58,12 +61,7 @@ def test_a_context_of_a_million_on_64_blocks(tmp_path: Path) -> None:
     """Nothing of the policy's grows with the longest request there might be."""
     model = make_llama(
         tmp_path,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
+        **SMALL,
         max_position_embeddings=1 << 20,
     )
     prompts = random_prompts([5000, 300])

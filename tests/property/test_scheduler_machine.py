@@ -25,10 +25,10 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output import StructuredOutputManager
 
+from benchmarks.host import make_scheduler
 from vllm_semantic import register
 from vllm_semantic.engine.spec import semantic_spec
 from vllm_semantic.hooks import SCHEDULERS
@@ -94,20 +94,6 @@ def make_config(
     # The CPU platform turns it off: what a GPU would have.
     config.scheduler_config.async_scheduling = asynchronous
     return config
-
-
-def make_scheduler(cls: type, config: Any, spec: Any, num_blocks: int) -> Any:
-    config.cache_config.num_gpu_blocks = num_blocks
-    return cls(
-        vllm_config=config,
-        kv_cache_config=KVCacheConfig(
-            num_blocks=num_blocks,
-            kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-        ),
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=BLOCK_SIZE,
-    )
 
 
 class SchedulerMachine(RuleBasedStateMachine):

@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from ..config import check_block_size
-from ..messages import BlockIndices, ScoreRequest, policy_of
+from ..messages import BlockIndices, ScoreRequest, extra_args_of, policy_of
 from ..policies import KVPolicy
 from ..policies.selection import blocks_to_evict, eviction_point_from, is_eviction_point
 from .explain import explain_eviction, sum_up_request
@@ -278,7 +278,8 @@ class SemanticManager(FullAttentionManager):
         candidates = budget.candidates(kept)
         asked_in_step = state.asked_in_step.pop(point, None)
         try:
-            scores = state.judge(policy, candidates, point, self._extra_args(request_id))
+            extra_args = extra_args_of(self.requests[request_id])
+            scores = state.judge(policy, candidates, point, extra_args)
             evicted = blocks_to_evict(kept, budget, scores)
             if asked_in_step is not None:
                 stats.score_ages[self.num_steps - asked_in_step] += 1
@@ -297,10 +298,6 @@ class SemanticManager(FullAttentionManager):
             evicted = blocks_to_evict(kept, budget, scores)
         explain_eviction(policy.name, request_id, point, candidates, scores, evicted)
         return evicted
-
-    def _extra_args(self, request_id: str) -> Mapping[str, Any]:
-        params = self.requests[request_id].sampling_params
-        return (params and params.extra_args) or {}
 
     def _num_kept_at(self, request_id: str, num_tokens: int) -> int:
         num_full_blocks = num_tokens // self.block_size

@@ -14,6 +14,7 @@ from ..messages import (
     KVPolicyStep,
     attach_policy,
     attach_step,
+    extra_args_of,
     scores_of,
     scoring_seconds_of,
     step_of,
@@ -110,8 +111,7 @@ class KVPolicyMixin(Scheduler):
         return scheduler_stats
 
     def _choose_policy(self, request: Request) -> KVPolicy:
-        params = request.sampling_params
-        asked = ((params and params.extra_args) or {}).get(REQUEST_KEY)
+        asked = extra_args_of(request).get(REQUEST_KEY)
         if asked is None:
             return self.served_policies.default
         try:

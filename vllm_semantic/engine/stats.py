@@ -66,15 +66,8 @@ class EvictionStats:
         if now == self._taken_at:
             return {}
         self._taken_at = now
-        numbers = {
-            "evictions": self.evictions,
-            "evicted_blocks": self.evicted_blocks,
-            "scored_blocks": self.scored_blocks,
-            "evicting_requests": self.evicting_requests,
-            "scoring_microseconds": self.scoring_microseconds,
-            "fallbacks": self.fallbacks,
-            "recovered_blocks": self.recovered_blocks,
-        } | {f"score_age_steps={age}": count for age, count in self.score_ages.items()}
+        numbers = {name: number for name, number in vars(self).items() if isinstance(number, int)}
+        numbers |= {f"score_age_steps={age}": count for age, count in self.score_ages.items()}
         taken, self._taken = self._taken, numbers
         changes = {name: number - taken.get(name, 0) for name, number in numbers.items()}
         return {name: change for name, change in changes.items() if change}
