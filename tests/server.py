@@ -16,6 +16,21 @@ from typing import Self
 import openai
 import psutil
 
+BLOCK_SIZE = 32
+SMALL_BUDGET = [
+    "--kv-policy=semantic",
+    "--kv-policy-config.sink_tokens=8",
+    "--kv-policy-config.recent_tokens=64",
+    "--kv-policy-config.semantic_tokens=64",
+    "--kv-policy-config.max_request_tokens=256",
+    f"--block-size={BLOCK_SIZE}",
+    "--max-num-batched-tokens=256",
+    "--max-model-len=2048",
+    "--kv-cache-memory-bytes=67108864",
+    "--enforce-eager",
+]
+"""Flags of a server whose requests evict early; the pool and the batch are left to say."""
+
 
 class Server:
     """A server on a free port; leaving the context ends it.

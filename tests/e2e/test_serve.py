@@ -16,23 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ..server import Server, serve_command
+from ..server import BLOCK_SIZE, SMALL_BUDGET, Server, serve_command
 
 POOL_BLOCKS = 48
-BLOCK_SIZE = 32
 FLAGS = [
-    "--kv-policy=semantic",
-    "--kv-policy-config.sink_tokens=8",
-    "--kv-policy-config.recent_tokens=64",
-    "--kv-policy-config.semantic_tokens=64",
-    "--kv-policy-config.max_request_tokens=256",
+    *SMALL_BUDGET,
     f"--num-gpu-blocks-override={POOL_BLOCKS}",
-    f"--block-size={BLOCK_SIZE}",
-    "--max-num-batched-tokens=256",
     "--max-num-seqs=6",
-    "--max-model-len=2048",
-    "--kv-cache-memory-bytes=67108864",
-    "--enforce-eager",
     "--enable-log-requests",
 ]
 

@@ -17,7 +17,7 @@ import psutil
 from ..server import Server
 from .work import Answer, Work
 
-UNREACHABLE = (openai.APIConnectionError, openai.InternalServerError, httpx.HTTPError)
+UNREACHABLE = (openai.APIError, httpx.HTTPError)  # also as an event of a stream that has begun
 
 SECONDS_TO_EXIT = 5
 """After SIGTERM; then the API server is killed. vLLM 0.32 ends the engine at once, but waits for

@@ -9,24 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BLOCK_SIZE = 32
+from ..server import SMALL_BUDGET
+
 POOL_BLOCKS = 40
 """Three of the largest requests at once; more preempt each other."""
 
 FLAGS = [
     "--dtype=float32",
-    "--kv-policy=semantic",
-    "--kv-policy-config.sink_tokens=8",
-    "--kv-policy-config.recent_tokens=64",
-    "--kv-policy-config.semantic_tokens=64",
-    "--kv-policy-config.max_request_tokens=256",
+    *SMALL_BUDGET,
     f"--num-gpu-blocks-override={POOL_BLOCKS}",
-    f"--block-size={BLOCK_SIZE}",
-    "--max-num-batched-tokens=256",
     "--max-num-seqs=8",
-    "--max-model-len=2048",
-    "--kv-cache-memory-bytes=67108864",
-    "--enforce-eager",
 ]
 
 POLICIES: list[dict[str, Any] | None] = [
