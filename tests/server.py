@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -39,27 +39,35 @@ class Server:
         model: a folder.
         log: takes what the server prints; appended to.
         flags: of ``vllm serve``.
+        environment: variables beside those of this process.
     """
 
-    def __init__(self, model: Path, log: Path, flags: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        flags: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.model = str(model)
         self.log = log
+        # One process for the engine as a user gets it, unlike the other tests.
+        self.environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        self.environment |= {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        self.environment |= environment or {}
         self.command = [*serve_command(model), f"--port={self.port}", *flags]
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=120)
         self.start()
 
     def start(self) -> None:
         """Start the process, or another one at the same address."""
-        # One process for the engine as a user gets it, unlike the other tests.
-        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        environment |= {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=subprocess.STDOUT, env=environment
+                self.command, stdout=log, stderr=subprocess.STDOUT, env=self.environment
             )
 
     def __enter__(self) -> Self:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ..policy_requests import asked_of_us, json_values
 from ..server import BLOCK_SIZE, SMALL_BUDGET, Server, serve_command
 
 POOL_BLOCKS = 48
@@ -254,16 +255,6 @@ def test_a_bad_policy_is_a_bad_request(
     test_chat(server)
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=6,
-)
-fields = st.sampled_from(["name", "semantic_tokens", "recent_tokens", "pin_prompt_tokens", "pin"])
-words = st.sampled_from(["full", "streaming", "semantic", "system", 0, 32, 64, 10**6])
-asked_of_us = st.dictionaries(fields, json_values | words, max_size=4)
-
-
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     json_values
@@ -272,9 +263,11 @@ asked_of_us = st.dictionaries(fields, json_values | words, max_size=4)
 )
 def test_any_json_is_answered(server: Server, xargs: Any) -> None:
     """What is no policy, nor ``vllm_xargs`` at all, is a bad request and nothing worse."""
+    body = {"model": server.model, "prompt": "a", "max_tokens": 1, "vllm_xargs": xargs}
     answer = httpx.post(
         f"{server.url}/v1/completions",
-        json={"model": server.model, "prompt": "a", "max_tokens": 1, "vllm_xargs": xargs},
+        content=json.dumps(body),  # NaN and infinities, which httpx itself would refuse to send
+        headers={"Content-Type": "application/json"},
         timeout=60,
     )
     assert answer.status_code in (200, 400), answer.text

@@ -18,14 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.context import context
+from benchmarks.context import MODEL, ROOT, context
 
 from ..server import Server
 from .clients import RSS_GROWTH_MIB, SECONDS_TO_EXIT, Plan, Soak, failures
-from .work import FLAGS, Work, catalogue
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-MODEL = ROOT / "models" / "lookback-5m"
+from .work import ENVIRONMENT, FLAGS, Work, catalogue
 
 
 def main() -> int:
@@ -44,13 +41,13 @@ def main() -> int:
     works = catalogue(arguments.different, plan.seed, ROOT / "benchmarks" / "texts" / "pg19")
     with (
         tempfile.TemporaryDirectory() as folder,
-        Server(MODEL, Path(folder) / "log", FLAGS) as server,
+        Server(MODEL, Path(folder) / "log", FLAGS, ENVIRONMENT) as server,
     ):
         server.wait()
         result = asyncio.run(soak(plan, server, works))
     result["allowed"] = {"seconds_to_exit": SECONDS_TO_EXIT, "rss_growth_mib": RSS_GROWTH_MIB}
     result["failures"] = failures(result)
-    result["context"] = context(str(MODEL), flags=FLAGS)
+    result["context"] = context(str(MODEL), flags=FLAGS, environment=ENVIRONMENT)
     text = json.dumps(result, indent=1) + "\n"
     print(text)
     if arguments.out:

@@ -125,9 +125,7 @@ class Soak:
         answer = await self.client.completions.create(
             model=self.server.model, logprobs=2, **work.arguments
         )
-        (choice,) = answer.choices
-        best = [sorted(top.values())[-2:] for top in choice.logprobs.top_logprobs]
-        return Answer(choice.token_ids, [greatest - next_ for next_, greatest in best])
+        return Answer.of(answer)
 
     async def _client(self, generator: random.Random) -> None:
         while self.num_started < self.plan.requests and self.progress < 1:

@@ -7,7 +7,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from openai.types import Completion
 
 from ..server import SMALL_BUDGET
 
@@ -20,6 +22,10 @@ FLAGS = [
     f"--num-gpu-blocks-override={POOL_BLOCKS}",
     "--max-num-seqs=8",
 ]
+
+ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+"""On a CPU, vLLM's linear layers compile a kernel for each number of tokens in a step and keep 1024
+of them, 50 KiB each: growth that ends, but not within minutes, and would hide any other."""
 
 POLICIES: list[dict[str, Any] | None] = [
     None,
@@ -64,6 +70,13 @@ class Answer:
     token_ids: list[int]
     gaps: list[float]
     """Log-probability of each token minus that of the next best."""
+
+    @classmethod
+    def of(cls, completion: Completion) -> Self:
+        """Read it from an answer with ``logprobs=2``."""
+        (choice,) = completion.choices
+        best = [sorted(top.values())[-2:] for top in choice.logprobs.top_logprobs]
+        return cls(choice.token_ids, [greatest - next_ for next_, greatest in best])
 
     def compare(self, token_ids: Sequence[int]) -> str:
         """What came as ``equal``, a ``near tie``, or ``different`` from a place on."""

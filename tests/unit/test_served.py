@@ -15,6 +15,8 @@ from vllm_semantic.policies import FullPolicy, KVPolicy, SemanticPolicy, Streami
 from vllm_semantic.policies.snapkv import SnapKVPolicy
 from vllm_semantic.served import REQUEST_KEY, ServedPolicies, request_options
 
+from .. import policy_requests
+
 BLOCK_SIZE = 32
 SEMANTIC = ServedPolicies.from_config("semantic")
 GENEROUS = ServedPolicies.from_config({"name": "semantic", "max_request_tokens": 1024})
@@ -139,22 +141,8 @@ def test_the_largest_budget_is_a_number_of_tokens(value: object) -> None:
         ServedPolicies.from_config({"name": "semantic", "max_request_tokens": value})
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
-fields = st.sampled_from(
-    [*SemanticPolicy.options(), "name", "pin", "pin_prompt_tokens", "max_request_tokens"]
-)
-plausible = json_values | st.sampled_from(
-    ["full", "streaming", "semantic", "study", "attention", "system", 0, 8, 32, 64, 200, 2**31]
-)
-requests = json_values | st.dictionaries(fields, plausible, max_size=6)
-
-
 @settings(deadline=None, derandomize=True, max_examples=2000)
-@given(requests, st.booleans(), st.integers(1, 3000), st.integers(1, 3000))
+@given(policy_requests.requests, st.booleans(), st.integers(1, 3000), st.integers(1, 3000))
 def test_whatever_is_asked_for_is_served_within_bounds_or_refused(
     asked: Any, as_text: bool, num_prompt_tokens: int, max_tokens: int
 ) -> None:
