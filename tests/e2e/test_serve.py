@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ..fuzz.cases import each_of, operations
+from ..fuzz.compare import outcome
 from ..policy_requests import asked_of_us, json_values
 from ..server import BLOCK_SIZE, SMALL_BUDGET, Server, serve_command
 
@@ -255,7 +258,7 @@ def test_a_bad_policy_is_a_bad_request(
     test_chat(server)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     json_values
     | st.fixed_dictionaries({"kv_policy": json_values | asked_of_us.map(json.dumps)})
@@ -271,6 +274,18 @@ def test_any_json_is_answered(server: Server, xargs: Any) -> None:
         timeout=60,
     )
     assert answer.status_code in (200, 400), answer.text
+
+
+def test_requests_by_the_servers_own_document(server: Server) -> None:
+    """A few of each operation; for more, beside a server without a policy: tests.fuzz."""
+    document = json.load(urllib.request.urlopen(f"{server.url}/openapi.json", timeout=60))
+    outcomes: Counter[str] = Counter()
+    for _, cases in operations(document, server.model):
+        each_of(cases, lambda case: outcomes.update([outcome(case, server)[0]]), examples=6)
+    # 501: /v1/systemone, of a model without such a head.
+    assert outcomes.keys() <= {"200", "400", "404", "422", "501"}, outcomes
+    assert outcomes["200"] > 5
+    test_chat(server)
 
 
 @pytest.mark.parametrize(
