@@ -259,9 +259,10 @@ def check_requests() -> None:
     """Read and check what requests ask for, where vLLM reads the rest of them.
 
     That is ``InputProcessor.process_inputs``; for a server already ``OnlineRenderer``, before
-    a streamed answer begins, and while the messages of a chat are at hand. Called before an
-    engine with a policy is built; an engine without one is served as before.
+    a streamed answer begins. A system message is counted where the messages of a chat are at
+    hand. Called before an engine with a policy is built; one without is served as before.
     """
+    from vllm.entrypoints.common.offline import OfflineInferenceMixin
     from vllm.renderers.online_renderer import OnlineRenderer
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -273,6 +274,9 @@ def check_requests() -> None:
         OnlineRenderer.preprocess_completion
     )
     OnlineRenderer.preprocess_chat = _checking_chat(OnlineRenderer.preprocess_chat)
+    OfflineInferenceMixin._add_chat_requests = _pinning_chats(
+        OfflineInferenceMixin._add_chat_requests
+    )
 
 
 def _checking_inputs(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
@@ -320,6 +324,36 @@ def _checking_chat(preprocess: Callable[..., Any]) -> Callable[..., Any]:
                 )
             _check_rendered(request, rendered[1], vllm_config)
         return rendered
+
+    return wrapper
+
+
+def _pinning_chats(add_chat_requests: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.renderers.inputs.preprocess import conversation_to_seq
+
+    queueing = ("use_tqdm", "lora_request", "priority")  # the rest says how a chat is rendered
+
+    @functools.wraps(add_chat_requests)
+    def wrapper(self: Any, messages: Any, params: Any, **kwargs: Any) -> Any:
+        rendering = {name: value for name, value in kwargs.items() if name not in queueing}
+        vllm_config = self.llm_engine.vllm_config
+
+        def pinned(chat: Any, params: Any) -> Any:
+            extra_args = getattr(params, "extra_args", None)
+            if not asks_for_policy(extra_args, vllm_config):
+                return params
+            if system := system_only(extra_args, chat):
+                whole, other = (
+                    self._preprocess_chat_one(messages, **rendering)["prompt_token_ids"]
+                    for messages in (chat, system)
+                )
+                params = params.clone()
+                params.extra_args = with_pinned(extra_args, whole, other)
+            return params
+
+        chats = conversation_to_seq(messages)
+        params = [*map(pinned, chats, self._params_to_seq(params, len(chats)))]
+        return add_chat_requests(self, chats, params, **kwargs)
 
     return wrapper
 

@@ -50,6 +50,21 @@ OVERRIDDEN = (
 CALLED = {
     "vllm.engine.arg_utils.EngineArgs.add_cli_args": ("parser",),
     "vllm.engine.arg_utils.EngineArgs.create_engine_config": ("self",),
+    "vllm.renderers.inputs.preprocess.conversation_to_seq": ("conversation_or_conversations",),
+    "vllm.entrypoints.common.offline.OfflineInferenceMixin._add_chat_requests": (
+        "self",
+        "messages",
+        "params",
+    ),
+    "vllm.entrypoints.common.offline.OfflineInferenceMixin._params_to_seq": (
+        "self",
+        "params",
+        "num_requests",
+    ),
+    "vllm.entrypoints.common.offline.OfflineInferenceMixin._preprocess_chat_one": (
+        "self",
+        "conversation",
+    ),
     "vllm.renderers.online_renderer.OnlineRenderer.preprocess_chat": (
         "self",
         "request",

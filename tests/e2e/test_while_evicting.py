@@ -109,6 +109,27 @@ def test_beam_search_is_a_search_over_requests(llm: Any, repo: Path) -> None:
     assert [sequence.tokens for sequence in found.sequences] == [tokens for _, tokens in beams]
 
 
+def test_the_system_message_of_a_chat_is_pinned(llm: Any, repo: Path) -> None:
+    """The same as pinning the tokens of its part of the prompt; each chat of a call for itself."""
+    tokenizer = llm.get_tokenizer()
+    system = {"role": "system", "content": tokenizer.decode(book(llm, repo, 110))}
+    user = {"role": "user", "content": tokenizer.decode(book(llm, repo, 600, skip=200))}
+    num_tokens = len(tokenizer.apply_chat_template([system], tokenize=True)["input_ids"])
+    asked = [{"pin": "system"}, {"pin_prompt_tokens": num_tokens}, {}]
+    asked = [{"semantic_tokens": 32, **each} for each in asked]  # the pin is of the budget
+    reset_trace(llm)
+    params = [sampling(extra_args={"kv_policy": each}) for each in asked]
+    outputs = llm.chat([[system, user]] * 3, params, use_tqdm=False)
+    answers = [tuple(output.outputs[0].token_ids) for output in outputs]
+    pinned, same, unpinned = zip(answers, llm.trace.by_index(), strict=True)
+    assert pinned == same
+    first = [min(block for blocks in e.values() for block in blocks) for _, e in (same, unpinned)]
+    assert first[0] >= num_tokens // 32 > first[1]
+    with pytest.raises(ValueError, match=r"kv_policy.pin 'system' needs a chat"):
+        llm.chat([user], params[0], use_tqdm=False)
+    assert params[0].extra_args == {"kv_policy": asked[0]}, "the caller's own"
+
+
 def test_prefix_hits_are_stocks_up_to_the_first_eviction(
     llm: Any, prompt: list[int], stock_hits: list[int], repo: Path
 ) -> None:
