@@ -281,10 +281,10 @@ def test_requests_by_the_servers_own_document(server: Server) -> None:
     document = json.load(urllib.request.urlopen(f"{server.url}/openapi.json", timeout=60))
     outcomes: Counter[str] = Counter()
     for _, cases in operations(document, server.model):
-        each_of(cases, lambda case: outcomes.update([outcome(case, server)[0]]), examples=6)
+        each_of(cases, lambda case: outcomes.update([outcome(case, server)[0]]), examples=3)
     # 501: /v1/systemone, of a model without such a head.
     assert outcomes.keys() <= {"200", "400", "404", "422", "501"}, outcomes
-    assert outcomes["200"] > 5
+    assert outcomes["200"] > 3
     test_chat(server)
 
 
