@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
@@ -33,6 +30,7 @@ from vllm_semantic.policies.h2o import H2OPolicy
 from vllm_semantic.policies.random import RandomPolicy
 from vllm_semantic.served import ServedPolicies
 
+from .lives import run_lives
 from .paged import PrefixOfHash, Slot, Tokens, check_pool, check_pool_whole
 
 BLOCK_SIZE = 4
@@ -377,16 +375,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
 def test_manager() -> None:
     seen: Counter[str] = Counter()
-    run_state_machine_as_test(
-        partial(ManagerMachine, seen),
-        settings=settings(
-            max_examples=500 * int(os.environ.get("EXPLORE", 1)),
-            stateful_step_count=40,
-            deadline=None,
-            derandomize="EXPLORE" not in os.environ,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_lives(partial(ManagerMachine, seen), 500)
     least = {
         "steps": 5000,
         "evictions": 500,

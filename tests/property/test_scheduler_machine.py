@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, deque
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
@@ -35,6 +32,7 @@ from vllm_semantic.hooks import SCHEDULERS
 from vllm_semantic.messages import scores_of, step_of
 from vllm_semantic.served import REQUEST_KEY, ServedPolicies
 
+from .lives import run_lives
 from .paged import (
     VOCAB_SIZE,
     ExpectedEvictions,
@@ -370,16 +368,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_schedulers(asynchronous: bool, policies: list[dict[str, Any]], llama: str) -> None:
     seen: Counter[str] = Counter()
-    run_state_machine_as_test(
-        lambda: SchedulerMachine(llama, asynchronous, policies, seen),
-        settings=settings(
-            max_examples=400 * int(os.environ.get("EXPLORE", 1)),
-            stateful_step_count=40,
-            deadline=None,
-            derandomize="EXPLORE" not in os.environ,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_lives(lambda: SchedulerMachine(llama, asynchronous, policies, seen), 400)
     # Lives without these would show nothing.
     common = {"steps": 5000, "hits": 50, "resumed": 50, "resumed with a hit": 5}
     common["aborted in flight"] = 20
