@@ -258,7 +258,7 @@ def test_a_bad_policy_is_a_bad_request(
     test_chat(server)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     json_values
     | st.fixed_dictionaries({"kv_policy": json_values | asked_of_us.map(json.dumps)})

@@ -12,13 +12,13 @@ import pytest
 
 from ..server import Server
 from ..soak.clients import Plan, Soak, failures
-from ..soak.work import FLAGS, catalogue
+from ..soak.work import ENVIRONMENT, FLAGS, catalogue
 
 
 @pytest.fixture(scope="module")
 def server(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("soak") / "log"
-    with Server(repo / "models" / "lookback-5m", log, FLAGS) as server:
+    with Server(repo / "models" / "lookback-5m", log, FLAGS, ENVIRONMENT) as server:
         server.wait()
         yield server
 

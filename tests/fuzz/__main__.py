@@ -9,7 +9,6 @@ again and again, which has to stay the one it got at first.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 
 from benchmarks.context import MODEL, context
 
+from ..long_runs import parser_of, report
 from ..server import SMALL_BUDGET, Server
 from ..soak.work import Work
 from .cases import each_of, operations
@@ -40,15 +40,10 @@ WITNESS = Work("The sea was calm. " * 40, max_tokens=120, policy=None)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.fuzz",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("tests.fuzz", __doc__)
     parser.add_argument("--examples", type=int, default=300, help="of each operation")
     parser.add_argument("--minutes", type=float, default=15, help="at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a JSON file for the result")
     arguments = parser.parse_args()
     without = [flag for flag in FLAGS if not flag.startswith("--kv-policy")]
     with (
@@ -60,10 +55,7 @@ def main() -> int:
         stock.wait()
         result = fuzz(server, stock, arguments.examples, arguments.minutes, arguments.seed)
     result["context"] = context(str(MODEL), flags=FLAGS, environment=ENVIRONMENT)
-    text = json.dumps(result, indent=1) + "\n"
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text)
+    report(result, arguments.out)
     return int(bool(result["failures"]))
 
 
@@ -92,6 +84,7 @@ def fuzz(
         "server_errors_of_both": comparison.server_errors,
         "differences": comparison.differences,
         "witness": witness.answers,
+        "evicted_blocks": server.metric("vllm:kv_policy_evicted_blocks_total") if alive else None,
         "alive_at_end": alive,
         "kv_cache_usage_at_end": server.metric("vllm:kv_cache_usage_perc") if alive else None,
     }
@@ -102,10 +95,14 @@ def failures(result: dict[str, Any]) -> list[str]:
     """What should not have happened in a run."""
     found = [f"{d['operation']}: {d['with']}; alone: {d['without']}" for d in result["differences"]]
     found += [f"witness: {what}" for what in result["witness"] if what not in ("equal", "near tie")]
+    if not result["witness"]:
+        found.append("the witness got no answer")
     if not result["alive_at_end"]:
         found.append("the server is dead")
     elif result["kv_cache_usage_at_end"]:
         found.append("blocks are held at the end")
+    elif not result["evicted_blocks"]:
+        found.append("nothing was evicted")
     return found
 
 

@@ -8,11 +8,8 @@ shortest life that shows it, where an invariant is broken.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import logging
-import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -20,28 +17,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.context import context
+
 from .. import conftest  # noqa: F401  (settings that must precede vLLM)
+from ..long_runs import parser_of, report
 from ..models import make_llama
 from .lives import run_lives
 from .test_manager_machine import ManagerMachine
 from .test_scheduler_machine import AMPLE, TIGHT, SchedulerMachine
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.property",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main() -> None:
+    parser = parser_of("tests.property", __doc__)
     parser.add_argument("--minutes", type=float, default=480)
-    parser.add_argument("--out", type=Path, help="a JSON file for what was seen")
     arguments = parser.parse_args()
     logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns of each reset of a pool in use
     until = time.monotonic() + 60 * arguments.minutes
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     with tempfile.TemporaryDirectory() as folder:
         machines: dict[str, Any] = {"manager": ManagerMachine}
-        llama = make_llama(Path(folder))
+        llama = make_llama(Path(folder) / "llama")
         for how, policies in {"tight": TIGHT, "ample": AMPLE}.items():
             for asynchronous in (False, True):
                 name = f"{'asynchronous' if asynchronous else 'synchronous'} scheduler, {how}"
@@ -51,12 +46,14 @@ def main() -> int:
                 break
             run_lives(partial(machine, seen[name]), 100, repeat=False)
             seen[name]["lives"] += 100
-            if arguments.out:
-                arguments.out.write_text(json.dumps(seen, indent=1) + "\n")
-    print(json.dumps(seen, indent=1))
-    print(f"{sum(counts['steps'] for counts in seen.values())} steps, no invariant broken")
-    return 0
+        result = {
+            "lives": sum(counts["lives"] for counts in seen.values()),
+            "steps": sum(counts["steps"] for counts in seen.values()),
+            "seen": seen,
+            "context": context(llama, minutes=arguments.minutes),
+        }
+    report(result, arguments.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

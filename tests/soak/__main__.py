@@ -10,9 +10,7 @@ greedy answer has to be the one the server gave to the same request alone.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -20,22 +18,18 @@ from typing import Any
 
 from benchmarks.context import MODEL, ROOT, context
 
+from ..long_runs import parser_of, report
 from ..server import Server
 from .clients import RSS_GROWTH_MIB, SECONDS_TO_EXIT, Plan, Soak, failures
 from .work import ENVIRONMENT, FLAGS, Work, catalogue
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.soak",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("tests.soak", __doc__)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--different", type=int, default=70, help="requests to draw from")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a JSON file for the result")
     arguments = parser.parse_args()
     plan = Plan(arguments.requests, arguments.minutes, seed=arguments.seed)
     works = catalogue(arguments.different, plan.seed, ROOT / "benchmarks" / "texts" / "pg19")
@@ -48,10 +42,7 @@ def main() -> int:
     result["allowed"] = {"seconds_to_exit": SECONDS_TO_EXIT, "rss_growth_mib": RSS_GROWTH_MIB}
     result["failures"] = failures(result)
     result["context"] = context(str(MODEL), flags=FLAGS, environment=ENVIRONMENT)
-    text = json.dumps(result, indent=1) + "\n"
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text)
+    report(result, arguments.out)
     return int(bool(result["failures"]))
 
 

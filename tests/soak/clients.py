@@ -46,6 +46,7 @@ class Life:
     rss_at_quarter: float = 0.0
     rss_at_end: float = 0.0
     preemptions: int = 0
+    evicted_blocks: int = 0
     generated_tokens: int = 0
     seconds_to_exit: float | None = None
     killed: bool = False
@@ -212,6 +213,7 @@ class Soak:
         life = self.lives[-1]
         life.rss_at_end = self.server.rss()
         life.preemptions = int(self.server.metric("vllm:num_preemptions_total"))
+        life.evicted_blocks = int(self.server.metric("vllm:kv_policy_evicted_blocks_total"))
         life.generated_tokens = int(self.server.metric("vllm:generation_tokens_total"))
 
     def _restart(self) -> None:
@@ -239,6 +241,7 @@ def failures(result: dict[str, Any]) -> list[str]:
         "blocks are held at the end": result["kv_cache_usage_at_end"],
         "a policy failed": result["fallbacks_logged"],
         "SIGTERM did not end the engine": any(life["outlived_by"] for life in lives),
+        "nothing was evicted": not all(life["evicted_blocks"] for life in lives),
         "nothing was preempted": not sum(life["preemptions"] for life in lives),
         "fewer restarts than planned": len(lives) <= result["plan"]["restarts"],
     }
