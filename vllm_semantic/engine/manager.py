@@ -152,6 +152,32 @@ class SemanticManager(FullAttentionManager):
         """Blocks the request holds now, the ones being filled included."""
         return sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
 
+    def unchanged_until(self, request: Request) -> int:
+        """The computed tokens up to which no step changes the request's blocks.
+
+        Args:
+            request: has just been given blocks for a step; the tokens of that step are not
+                counted as computed yet.
+
+        Returns:
+            A step that ends at or before this many tokens has its slots already, completes no
+            block that could be shared, and begins at no eviction point.
+        """
+        request_id = request.request_id
+        until = len(self.req_to_blocks[request_id]) * self.block_size
+        if self.enable_caching:
+            cached = self.num_cached_block.get(request_id, 0)
+            state = self._requests.get(request_id)
+            exact = None if state is None else state.num_exact_tokens
+            if exact is None or cached < exact // self.block_size:
+                until = min(until, (cached + 1) * self.block_size - 1)
+        if policy_of(request, self.default_policy).bounded:
+            settled = request.num_computed_tokens - self.eviction_delay
+            point = self._next_over_budget_point(request_id, settled, request.num_prompt_tokens)
+            # The step that begins there, or as much later as scores take, evicts.
+            until = min(until, point + self.eviction_delay)
+        return until
+
     # -- vLLM's own hooks -------------------------------------------------------------
 
     def get_num_blocks_to_allocate(

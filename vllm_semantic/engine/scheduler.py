@@ -21,6 +21,7 @@ from ..messages import (
 )
 from ..policies import KVPolicy
 from ..served import REQUEST_KEY
+from .kv_cache_manager import SemanticKVCacheManager
 from .manager import SemanticManager
 from .spec import SemanticSpec
 from .stats import attach_changes
@@ -41,6 +42,7 @@ class KVPolicyMixin(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.kv_cache_manager = SemanticKVCacheManager.take_over(self.kv_cache_manager)
         self.kv_policy_managers = {
             manager.kv_cache_group_id: manager
             for manager in self.kv_cache_manager.coordinator.single_type_managers

@@ -1,0 +1,79 @@
+"""vLLM's KV cache manager, with a short way through the steps that change nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+
+from .manager import SemanticManager
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+class SemanticKVCacheManager(KVCacheManager):
+    """Answers at once where a step changes none of a request's blocks.
+
+    A decoding request needs a block, fills one, or reaches an eviction point once per block. In
+    every other step vLLM's ``allocate_slots`` asks each manager what is to be freed, allocated and
+    cached, to find that nothing is. Here that is known from the last step that changed something.
+    """
+
+    unchanged_until: dict[str, int]
+    """By request, the computed tokens up to which a step neither needs a block, nor evicts one,
+    nor makes one shareable. Found again after each step that goes past them."""
+
+    @classmethod
+    def take_over(cls, manager: KVCacheManager) -> SemanticKVCacheManager:
+        """Turn the manager that vLLM's scheduler has just built into one of this class.
+
+        The scheduler names the class that it builds, and hands the manager to nobody before it
+        is built itself.
+        """
+        manager.__class__ = cls
+        assert isinstance(manager, cls)
+        manager.unchanged_until = {}
+        return manager
+
+    def allocate_slots(
+        self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
+    ) -> KVCacheBlocks | None:
+        """Allocate slots as vLLM does; nothing is to be done up to :attr:`unchanged_until`."""
+        end = request.num_computed_tokens + num_new_tokens
+        if end <= self.unchanged_until.get(request.request_id, 0):
+            return self.empty_kv_cache_blocks
+        blocks = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
+        if blocks is not None:
+            self._find_unchanged(request)
+        return blocks
+
+    def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """Make full blocks shareable as vLLM does; asynchronously, it asks after every token."""
+        if num_computed_tokens > self.unchanged_until.get(request.request_id, 0):
+            super().cache_blocks(request, num_computed_tokens)
+
+    def forget(self, request_id: str) -> None:
+        """A request's blocks are freed, or its prompt has changed."""
+        self.unchanged_until.pop(request_id, None)
+
+    def free(self, request: Request) -> None:
+        """Free a request that finished, was aborted or was preempted."""
+        self.forget(request.request_id)
+        super().free(request)
+
+    def pop_blocks_for_free(self, request: Request) -> Any:
+        """Take a request's blocks, to be freed later."""
+        self.forget(request.request_id)
+        return super().pop_blocks_for_free(request)
+
+    def _find_unchanged(self, request: Request) -> None:
+        """Called with the tokens computed before the step: its own are not counted yet."""
+        until = None
+        for manager in self.coordinator.single_type_managers:
+            if not isinstance(manager, SemanticManager):
+                return  # vLLM's own, beside ours in a hybrid model, have rules of theirs
+            of_group = manager.unchanged_until(request)
+            until = of_group if until is None else min(until, of_group)
+        if until is not None:
+            self.unchanged_until[request.request_id] = until
