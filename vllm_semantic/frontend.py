@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .served import (
     CONFIG_KEY,
     PIN,
+    PIN_SYSTEM,
     PIN_TOKENS,
     REQUEST_KEY,
     ServedPolicies,
@@ -56,17 +57,19 @@ def checked(
     return {**extra_args, REQUEST_KEY: served.to_request(policy)}
 
 
-def system_only(
+def system_chats(
     extra_args: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]
-) -> list[Mapping[str, Any]]:
-    """A chat that has its system message in common with a request that wants it pinned.
+) -> list[list[Mapping[str, Any]]]:
+    """Two chats that show where a request's system message lies in its prompt.
 
     Args:
         extra_args: of the request, with :data:`~.served.REQUEST_KEY`.
         messages: of its chat.
 
     Returns:
-        Messages; none if the request does not ask for that, or begins with no such message.
+        One with the same system message, and one with a longer one: their prompts differ from
+        where the message ends. Empty if the request does not ask for that, or begins with no
+        such message.
 
     Raises:
         ValueError: see :func:`~.served.request_options`.
@@ -74,26 +77,49 @@ def system_only(
     if PIN not in request_options(extra_args[REQUEST_KEY]):
         return []
     system = list(takewhile(lambda message: message.get("role") in SYSTEM_ROLES, messages))
-    return [*system, {"role": "user", "content": "-"}] if system else []
+    if not system:
+        return []
+    content = system[-1].get("content") or ""
+    more = " -" if isinstance(content, str) else [{"type": "text", "text": " -"}]
+    longer = [*system[:-1], {**system[-1], "content": content + more}]
+    return [[*of, {"role": "user", "content": "-"}] for of in (system, longer)]
 
 
 def with_pinned(
-    extra_args: Mapping[str, Any], prompt: Sequence[int], system_only_prompt: Sequence[int]
+    extra_args: Mapping[str, Any],
+    prompt: Sequence[int],
+    system_prompt: Sequence[int],
+    longer_prompt: Sequence[int],
 ) -> dict[str, Any]:
     """Extra arguments that pin tokens in place of a system message.
 
     Args:
         extra_args: of a request that wants its system message pinned.
         prompt: its token ids.
-        system_only_prompt: those of :func:`system_only`.
+        system_prompt: those of the first of :func:`system_chats`.
+        longer_prompt: those of the second.
 
     Returns:
         The policy as JSON text, which ``vllm_xargs`` takes.
+
+    Raises:
+        ValueError: the chat template puts the message elsewhere.
     """
     options = request_options(extra_args[REQUEST_KEY])
     del options[PIN]
-    alike = takewhile(
-        lambda pair: pair[0] == pair[1], zip(prompt, system_only_prompt, strict=False)
-    )
-    options[PIN_TOKENS] = max(sum(1 for _ in alike), options.get(PIN_TOKENS, 0))
+    num_pinned = _num_alike(prompt, system_prompt)
+    # The last token of a message may be another one where something else follows.
+    if num_pinned < _num_alike(system_prompt, longer_prompt) - 1:
+        raise ValueError(
+            f"{REQUEST_KEY}.{PIN} {PIN_SYSTEM!r}: the chat template does not put the system "
+            f"message first, and only the beginning of a prompt can be pinned; allowed here: "
+            f"{REQUEST_KEY}.{PIN_TOKENS}"
+        )
+    options[PIN_TOKENS] = max(num_pinned, options.get(PIN_TOKENS, 0))
     return {**extra_args, REQUEST_KEY: json.dumps(options)}
+
+
+def _num_alike(prompt: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens at the beginning that two prompts have in common."""
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, other, strict=False))
+    return sum(1 for _ in alike)

@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .config import CONFIG_FLAG, POLICY_FLAG, check_block_size, resolve_policy_class
-from .frontend import asks_for_policy, checked, system_only, with_pinned
+from .frontend import asks_for_policy, checked, system_chats, with_pinned
 from .policies import POLICIES, KVPolicy
 from .served import (
     CONFIG_KEY,
     MAX_REQUEST_TOKENS,
+    REQUEST_KEY,
     ServedPolicies,
     flags_to_config,
     has_policy,
@@ -49,6 +50,9 @@ DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16, "xformers": 64}
 """Smallest block that a platform's kernels handle well."""
 
 XFORMERS_BACKEND = "vllm_semantic.engine.xformers_backend.XFormersBackend"
+
+beam_policies: dict[str, Any] = {}
+"""What the running beam searches of a server ask for, by request id."""
 
 _SpecT = TypeVar("_SpecT", bound="type[KVCacheSpec]")
 
@@ -263,6 +267,9 @@ def check_requests() -> None:
     hand. Called before an engine with a policy is built; one without is served as before.
     """
     from vllm.entrypoints.common.offline import OfflineInferenceMixin
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.renderers.online_renderer import OnlineRenderer
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -274,6 +281,9 @@ def check_requests() -> None:
         OnlineRenderer.preprocess_completion
     )
     OnlineRenderer.preprocess_chat = _checking_chat(OnlineRenderer.preprocess_chat)
+    for request in (CompletionRequest, ChatCompletionRequest):
+        request.to_beam_search_params = _noting_policy(request.to_beam_search_params)
+    BeamSearchOnlineMixin.beam_search = _passing_policy(BeamSearchOnlineMixin.beam_search)
     OfflineInferenceMixin._add_chat_requests = _pinning_chats(
         OfflineInferenceMixin._add_chat_requests
     )
@@ -286,16 +296,55 @@ def _checking_inputs(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process_inputs(self, *args, **kwargs)
         params = request.sampling_params
+        if params is not None and (of_search := beam_policies.get(_search_of(request.request_id))):
+            params.extra_args = {**(params.extra_args or {}), REQUEST_KEY: of_search}
         if params is not None and asks_for_policy(params.extra_args, self.vllm_config):
             num_prompt_tokens = length_from_prompt_token_ids_or_embeds(
                 request.prompt_token_ids, request.prompt_embeds
             )
+            if request.resumable:  # more prompt may follow, up to what the model takes
+                num_prompt_tokens = self.vllm_config.model_config.max_model_len
             params.extra_args = checked(
                 params.extra_args, self.vllm_config, num_prompt_tokens, params.max_tokens
             )
         return request
 
     return wrapper
+
+
+def _noting_policy(to_beam_search_params: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's parameters of a beam search have no place for extra arguments."""
+
+    @functools.wraps(to_beam_search_params)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = to_beam_search_params(self, *args, **kwargs)
+        params.kv_policy = (self.vllm_xargs or {}).get(REQUEST_KEY)
+        return params
+
+    return wrapper
+
+
+def _passing_policy(beam_search: Callable[..., Any]) -> Callable[..., Any]:
+    """Every beam is a request of its own, whose id begins with that of the search."""
+
+    @functools.wraps(beam_search)
+    async def wrapper(
+        self: Any, prompt: Any, request_id: str, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if (policy := getattr(params, "kv_policy", None)) is not None:
+            beam_policies[request_id] = policy
+        try:
+            async for output in beam_search(self, prompt, request_id, params, *args, **kwargs):
+                yield output
+        finally:
+            beam_policies.pop(request_id, None)
+
+    return wrapper
+
+
+def _search_of(request_id: str) -> str:
+    """The id of the beam search that a request is a beam of: ``SEARCH-UUID-beam-NUMBER``."""
+    return request_id.rpartition("-beam-")[0].rpartition("-")[0]
 
 
 def _checking_completion(preprocess: Callable[..., Any]) -> Callable[..., Any]:
@@ -314,14 +363,15 @@ def _checking_chat(preprocess: Callable[..., Any]) -> Callable[..., Any]:
         rendered = await preprocess(self, request, messages, *args, **kwargs)
         extra_args, vllm_config = getattr(request, "vllm_xargs", None), self.renderer.config
         if asks_for_policy(extra_args, vllm_config):
-            if system := system_only(extra_args, messages):
+            prompts = [rendered[1][0]["prompt_token_ids"]]
+            for chat in system_chats(extra_args, messages):
                 # Without a parser: it would change the request, a second time.
                 _, (other,) = await preprocess(
-                    self, request, system, *args, **{**kwargs, "parser": None}
+                    self, request, chat, *args, **{**kwargs, "parser": None}
                 )
-                request.vllm_xargs = with_pinned(
-                    extra_args, rendered[1][0]["prompt_token_ids"], other["prompt_token_ids"]
-                )
+                prompts.append(other["prompt_token_ids"])
+            if len(prompts) > 1:
+                request.vllm_xargs = with_pinned(extra_args, *prompts)
             _check_rendered(request, rendered[1], vllm_config)
         return rendered
 
@@ -342,13 +392,13 @@ def _pinning_chats(add_chat_requests: Callable[..., Any]) -> Callable[..., Any]:
             extra_args = getattr(params, "extra_args", None)
             if not asks_for_policy(extra_args, vllm_config):
                 return params
-            if system := system_only(extra_args, chat):
-                whole, other = (
+            if chats := system_chats(extra_args, chat):
+                prompts = [
                     self._preprocess_chat_one(messages, **rendering)["prompt_token_ids"]
-                    for messages in (chat, system)
-                )
+                    for messages in (chat, *chats)
+                ]
                 params = params.clone()
-                params.extra_args = with_pinned(extra_args, whole, other)
+                params.extra_args = with_pinned(extra_args, *prompts)
             return params
 
         chats = conversation_to_seq(messages)
@@ -359,12 +409,38 @@ def _pinning_chats(add_chat_requests: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_rendered(request: Any, inputs: Any, vllm_config: VllmConfig) -> None:
-    extra_args = getattr(request, "vllm_xargs", None)
+    """Check what a server's request asks for, before an answer to it begins."""
+    params = getattr(request, "sampling_params", None)  # of /inference/v1/generate
+    extra_args = getattr(params, "extra_args", None) or getattr(request, "vllm_xargs", None)
     if asks_for_policy(extra_args, vllm_config):
         for engine_input in inputs:
             num_prompt_tokens = len(engine_input.get("prompt_token_ids", ()))
-            # What a request may generate at least: the rest is not known yet.
-            checked(extra_args, vllm_config, num_prompt_tokens, 1)
+            max_tokens = _max_tokens(params or request, num_prompt_tokens, vllm_config)
+            checked(extra_args, vllm_config, num_prompt_tokens, max_tokens)
+
+
+def _max_tokens(request: Any, num_prompt_tokens: int, vllm_config: VllmConfig) -> int:
+    """The most that a server lets a request generate, as its routes will work it out.
+
+    Each route of vLLM does this once its prompt is rendered (``get_max_tokens``).
+    """
+    from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
+
+    names = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+    given = (getattr(request, name, None) for name in names)
+    model_config = vllm_config.model_config
+    defaults = model_config.get_diff_sampling_param()
+    if model_config.generation_config not in ("auto", "vllm"):
+        most = defaults.get("max_tokens")
+    else:
+        most = model_config.override_generation_config.get("max_new_tokens")
+    return get_max_tokens(
+        model_config.max_model_len,
+        next((each for each in given if each is not None), None),
+        num_prompt_tokens,
+        defaults,
+        most,
+    )
 
 
 # -- registries ------------------------------------------------------------------------

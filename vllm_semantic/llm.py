@@ -7,6 +7,7 @@ from typing import Any
 
 import vllm
 
+from . import register
 from .served import CONFIG_KEY, flags_to_config
 
 
@@ -36,6 +37,8 @@ class LLM(vllm.LLM):
     ) -> None:
         config = flags_to_config(kv_policy, kv_policy_config)
         if config is not None:
+            # Whoever imports this class wants the plugin, whatever VLLM_PLUGINS names.
+            register()
             additional_config = kwargs.pop("additional_config", None) or {}
             kwargs["additional_config"] = {**additional_config, CONFIG_KEY: config}
         super().__init__(model, **kwargs)

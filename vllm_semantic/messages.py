@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .policies import KVPolicy
+from .policies.selection import EarlierTurn
 
 BlockIndices = list[int]
 """Logical block indices of one request, ascending."""
@@ -63,6 +64,17 @@ def attach_policy(request: Any, policy: KVPolicy) -> None:
 def policy_of(request: Any, default: KVPolicy) -> KVPolicy:
     """The policy of a vLLM ``Request``."""
     return getattr(request, "kv_policy", default)
+
+
+def note_turn(request: Any) -> None:
+    """Remember where the prompt of a vLLM ``Request`` ended, before a session's prompt grows."""
+    turn = EarlierTurn(request.num_prompt_tokens, request.num_computed_tokens)
+    request.kv_policy_turns = (*earlier_turns_of(request), turn)
+
+
+def earlier_turns_of(request: Any) -> Sequence[EarlierTurn]:
+    """The turns that a streaming-input session has had."""
+    return getattr(request, "kv_policy_turns", ())
 
 
 def extra_args_of(request: Any) -> Mapping[str, Any]:

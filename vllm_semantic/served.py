@@ -192,6 +192,10 @@ def flags_to_config(name: str | None, options: Mapping[str, Any] | None) -> dict
             f"{CONFIG_FLAG} {reprlib.repr(options)} is not a JSON object such as "
             '{"semantic_tokens": 192}'
         )
+    if "name" in (options or {}):
+        raise ValueError(
+            f"{CONFIG_FLAG}.name is not an option of policy {name!r}; allowed: {POLICY_FLAG}"
+        )
     config = {"name": name, **(options or {})}
     ServedPolicies.from_config(config)
     return config

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_semantic.frontend import asks_for_policy, checked, system_only, with_pinned
+from vllm_semantic.frontend import asks_for_policy, checked, system_chats, with_pinned
 from vllm_semantic.policies import FullPolicy, KVPolicy, SemanticPolicy, StreamingPolicy
 from vllm_semantic.policies.snapkv import SnapKVPolicy
 from vllm_semantic.served import REQUEST_KEY, ServedPolicies, request_options
@@ -228,14 +228,25 @@ def test_a_system_message_is_counted_in_tokens() -> None:
     system = {"role": "system", "content": "Be brief."}
     user = {"role": "user", "content": "Why?"}
     asked = {REQUEST_KEY: '{"name": "semantic", "pin": "system"}'}
-    shorter = system_only(asked, [system, user, system])
+    shorter, longer = system_chats(asked, [system, user, system])
     assert shorter[:-1] == [system]
-    assert shorter[-1]["role"] == "user"
-    assert system_only(asked, [user, system]) == []
-    assert system_only({REQUEST_KEY: "semantic"}, [system, user]) == []
-    args = with_pinned(asked, [1, 2, 3, 4, 9, 9], [1, 2, 3, 4, 7, 9])
+    assert shorter[-1]["role"] == longer[-1]["role"] == "user"
+    assert longer[0] == {"role": "system", "content": "Be brief. -"}
+    assert system_chats(asked, [user, system]) == []
+    assert system_chats({REQUEST_KEY: "semantic"}, [system, user]) == []
+    of_parts = {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}
+    _, longer = system_chats(asked, [system, of_parts, user])
+    assert longer[0] == system
+    assert [part["text"] for part in longer[1]["content"]] == ["Be brief.", " -"]
+    whole, shorter, longer = [1, 2, 3, 4, 9, 9], [1, 2, 3, 4, 7, 9], [1, 2, 3, 5, 4, 7, 9]
+    args = with_pinned(asked, whole, shorter, longer)
     assert request_options(args[REQUEST_KEY]) == {"name": "semantic", "pin_prompt_tokens": 4}
     more = {REQUEST_KEY: {"pin": "system", "pin_prompt_tokens": 6}}
-    assert request_options(with_pinned(more, [1, 2], [1, 2, 3])[REQUEST_KEY]) == {
-        "pin_prompt_tokens": 6
-    }
+    pinned = with_pinned(more, whole, shorter, longer)
+    assert request_options(pinned[REQUEST_KEY]) == {"pin_prompt_tokens": 6}
+
+
+def test_a_system_message_elsewhere_is_refused() -> None:
+    asked = {REQUEST_KEY: '{"pin": "system"}'}
+    with pytest.raises(ValueError, match=r"kv_policy\.pin 'system'.*pin_prompt_tokens"):
+        with_pinned(asked, [1, 9, 9, 2, 3, 4, 8], [1, 2, 3, 4, 7], [1, 2, 3, 4, 5, 7])

@@ -11,9 +11,14 @@ from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from ..config import check_block_size
-from ..messages import BlockIndices, ScoreRequest, extra_args_of, policy_of
+from ..messages import BlockIndices, ScoreRequest, earlier_turns_of, extra_args_of, policy_of
 from ..policies import KVPolicy
-from ..policies.selection import blocks_to_evict, eviction_point_from, is_eviction_point
+from ..policies.selection import (
+    blocks_to_evict,
+    eviction_point_of_turns,
+    is_eviction_point,
+    prompt_end,
+)
 from .explain import explain_eviction, sum_up_request
 from .request_blocks import RequestBlocks
 from .stats import EvictionStats
@@ -148,6 +153,11 @@ class SemanticManager(FullAttentionManager):
         evictions, self._evictions = self._evictions, {}
         return evictions
 
+    def forget_points(self, request_id: str) -> None:
+        """Look the request's next eviction point up anew: it starts over, or its prompt grew."""
+        self.quiet_until.pop(request_id, None)
+        self._points.pop(request_id, None)
+
     def num_kept_blocks(self, request_id: str) -> int:
         """Blocks the request holds now, the ones being filled included."""
         return sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
@@ -257,8 +267,7 @@ class SemanticManager(FullAttentionManager):
             request = self.requests[request_id]
             sum_up_request(policy.name, request, state.num_evicted, held, state.num_scored)
         self._evictions.pop(request_id, None)
-        self.quiet_until.pop(request_id, None)
-        self._points.pop(request_id, None)
+        self.forget_points(request_id)
         return super().pop_blocks_for_free(request_id)
 
     def policy_of(self, request_id: str) -> KVPolicy:
@@ -270,8 +279,11 @@ class SemanticManager(FullAttentionManager):
     def _over_budget_at(self, request_id: str, num_tokens: int, num_prompt_tokens: int) -> bool:
         """Whether blocks have to go once ``num_tokens`` are computed.
 
-        Asked for every request in every step: the first line answers almost always.
+        Asked for every request in many steps: the first lines answer almost always.
         """
+        turns = earlier_turns_of(self.requests.get(request_id))
+        if turns:
+            num_prompt_tokens = prompt_end(num_tokens, num_prompt_tokens, turns)
         if num_tokens % self._point_spacing and num_tokens != num_prompt_tokens:
             return False
         policy = self.policy_of(request_id)
@@ -290,7 +302,10 @@ class SemanticManager(FullAttentionManager):
         budget = self.policy_of(request_id).budget(self.block_size)
         num_over_budget = budget.total + 1 - self._num_kept_at(request_id, 0)
         first = max(num_tokens + 1, num_over_budget * self.block_size)
-        return eviction_point_from(first, num_prompt_tokens, self.block_size, self.prefill_interval)
+        turns = earlier_turns_of(self.requests.get(request_id))
+        return eviction_point_of_turns(
+            first, num_prompt_tokens, turns, self.block_size, self.prefill_interval
+        )
 
     def _choose(
         self, request_id: str, state: RequestBlocks, kept: BlockIndices, point: int

@@ -15,6 +15,7 @@ from ..messages import (
     attach_policy,
     attach_step,
     extra_args_of,
+    note_turn,
     scores_of,
     scoring_seconds_of,
     step_of,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import ModelRunnerOutput
-    from vllm.v1.request import Request
+    from vllm.v1.request import Request, StreamingUpdate
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, or INFO is lost
 
@@ -149,6 +150,14 @@ class KVPolicyMixin(Scheduler):
                 asked[request_id] = score_request
         if asked:
             step.score_requests[group_id] = asked
+
+    def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
+        """Let a session's prompt grow: what was eviction points stays, what comes is found anew."""
+        note_turn(session)
+        super()._update_request_as_session(session, update)
+        self.kv_cache_manager.forget(session.request_id)
+        for manager in self.kv_policy_managers.values():
+            manager.forget_points(session.request_id)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int

@@ -1,6 +1,7 @@
 """Which blocks to evict, and when. Pure functions on block indices."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from .base import BlockBudget
 
@@ -26,6 +27,51 @@ def eviction_point_from(
     if num_tokens <= num_prompt_tokens:
         return min(num_prompt_tokens, -(-num_tokens // prefill_interval) * prefill_interval)
     return -(-num_tokens // block_size) * block_size
+
+
+class EarlierTurn(NamedTuple):
+    """A prompt that was answered, and then went on: a streaming-input session."""
+
+    num_prompt_tokens: int
+    """Where the prompt ended."""
+
+    num_tokens: int
+    """Where its answer ended; what follows is prompt again."""
+
+
+def prompt_end(num_tokens: int, num_prompt_tokens: int, turns: Sequence[EarlierTurn]) -> int:
+    """The end of the prompt, as it was when ``num_tokens`` tokens were computed.
+
+    Eviction points of earlier turns stay where they were, so that a session that is preempted
+    evicts the same blocks when it is computed again.
+
+    Args:
+        num_tokens: computed tokens.
+        num_prompt_tokens: where the prompt ends now.
+        turns: the turns before, in order; empty where no prompt grew.
+    """
+    for turn in turns:
+        if num_tokens <= turn.num_tokens:
+            return turn.num_prompt_tokens
+    return num_prompt_tokens
+
+
+def eviction_point_of_turns(
+    num_tokens: int,
+    num_prompt_tokens: int,
+    turns: Sequence[EarlierTurn],
+    block_size: int,
+    prefill_interval: int,
+) -> int:
+    """:func:`eviction_point_from` of a session."""
+    for turn in turns:
+        if num_tokens <= turn.num_tokens:
+            of_turn = turn.num_prompt_tokens
+            point = eviction_point_from(num_tokens, of_turn, block_size, prefill_interval)
+            if point <= turn.num_tokens:
+                return point
+            num_tokens = turn.num_tokens + 1
+    return eviction_point_from(num_tokens, num_prompt_tokens, block_size, prefill_interval)
 
 
 def blocks_to_evict(kept: Sequence[int], budget: BlockBudget, scores: Sequence[float]) -> list[int]:
