@@ -81,10 +81,11 @@ def main() -> None:
     task = tasks.add_parser("gpu", help="correctness and speed on one GPU, random weights")
     task.add_argument("--model", action="append", choices=shapes.SHAPES, help="repeatable")
     task.add_argument("--kind", action="append", choices=gpu.KINDS, help="repeatable")
-    task.add_argument("--policy", action="append", help="repeatable; default: semantic, streaming")
-    task.add_argument("--seconds", type=float, default=520, help="no task starts after that")
+    task.add_argument("--policy", action="append", help="repeatable; default: semantic")
+    task.add_argument("--seconds", type=float, default=gpu.SECONDS, help="for all of it")
+    task.add_argument("--only", action="append", default=[], help="a task or check; repeatable")
     task.add_argument("--quick", action="store_true", help="tiny sizes: that it runs, no figures")
-    task.add_argument("--out", type=Path, default=RESULTS / "figures-gpu.json")
+    task.add_argument("--out", type=Path, help="default: results/figures-gpu.json; --quick: none")
 
     tasks.add_parser("readme", help="write the README's tables from benchmarks/results")
 
@@ -115,10 +116,15 @@ def main() -> None:
         settings = variants.Settings(args.model, num_documents=args.num_documents)
         variants.run(settings, args.out)
     elif args.task == "gpu":
-        models = args.model or (["tiny"] if args.quick else [gpu.MAIN_MODEL, "pythia-2.8b"])
-        policies = args.policy or ["semantic", "streaming"]
-        kinds = args.kind or list(gpu.KINDS)
-        gpu.run(models, kinds, policies, args.out, args.seconds, args.quick)
+        gpu.run(
+            args.model or ["tiny" if args.quick else gpu.MAIN_MODEL],
+            args.kind or ["bf16"],
+            args.policy or ["semantic"],
+            args.out or (None if args.quick else RESULTS / "figures-gpu.json"),
+            args.seconds,
+            args.quick,
+            args.only,
+        )
     else:
         readme.run()
 

@@ -61,6 +61,14 @@ class Stopwatch:
         return start.elapsed_time(end) / 1e3 / calls
 
 
+def synchronize(device: Any) -> None:
+    """Wait until a device has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
 def follow(owner: Any, name: str, see: Callable[[Any], Any]) -> None:
     """Show every result of a method to ``see``; ``del owner.name`` ends it."""
     function = getattr(owner, name)

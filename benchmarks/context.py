@@ -19,19 +19,31 @@ PACKAGES = ("vllm-semantic", "vllm", "torch", "transformers", "bitsandbytes", "v
 def context(model: str, **settings: Any) -> dict[str, Any]:
     """Machine, versions, model, date and the settings of a run, for its JSON."""
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "commit": _commit(),
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),
             "threads": os.environ.get("OMP_NUM_THREADS", "1 (vLLM's default in one process)"),
-            "device": _device(),
             "system": f"{platform.system()} {platform.machine()}",
+            **_device(),
         },
         "versions": {"python": platform.python_version(), **_versions()},
         "model": Path(model).name,
         **settings,
     }
+
+
+def now() -> str:
+    """The time, in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def on_gpu() -> bool:
+    """Whether vLLM runs on an NVIDIA GPU here."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda()
 
 
 def _versions() -> dict[str, str]:
@@ -41,6 +53,10 @@ def _versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    if found["vllm"] == "not installed":  # a tree of files, without metadata
+        import vllm
+
+        found["vllm"] = vllm.__version__
     return found
 
 
@@ -64,7 +80,20 @@ def _processor() -> str:
     return platform.processor() or "unknown"
 
 
-def _device() -> str:
+def _device() -> dict[str, Any]:
+    """What vLLM runs on; asked without a CUDA context in this process."""
+    if not on_gpu():
+        return {"device": "cpu"}
     import torch
+    from vllm.platforms import current_platform
+    from vllm.third_party import pynvml
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    pynvml.nvmlInit()
+    driver = pynvml.nvmlSystemGetDriverVersion()
+    pynvml.nvmlShutdown()
+    return {
+        "device": current_platform.get_device_name(),
+        "device_memory_bytes": current_platform.get_device_total_memory(),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+    }

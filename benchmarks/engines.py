@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from .clocks import Clock, Stopwatch, count_calls, follow
+from .clocks import Clock, Stopwatch, count_calls, follow, synchronize
+from .kernel_times import Kernels, kernel_times
 
 
 class EngineSide:
     """What runs inside an engine's process. Every method is one measurement."""
 
-    def __init__(self, model: str, policy: str | None, options: dict[str, int], kwargs: Any):
+    def __init__(
+        self,
+        model: str,
+        policy: str | None,
+        options: dict[str, int],
+        kwargs: Any,
+        forcing: bool = True,
+    ):
         from vllm_semantic import LLM
 
         from .forcing import forcing_options
@@ -24,7 +34,7 @@ class EngineSide:
             model,
             kv_policy=policy,
             kv_policy_config=options or None,
-            **forcing_options(),
+            **(forcing_options() if forcing else {}),
             enable_prefix_caching=False,
             disable_log_stats=True,
             use_tqdm_on_load=False,
@@ -91,18 +101,27 @@ class EngineSide:
     def decode_steps(
         self, prompts: list[list[int]], num_steps: int, instrument: bool = False
     ) -> dict[str, float]:
-        """Mean seconds of a step in which every request decodes one token."""
-        self.start_decoding(prompts, num_steps)
+        """Mean seconds of a step in which every request decodes one token.
+
+        Beside it, how long the first tokens of all took.
+        """
+        first_tokens = self.start_decoding(prompts, num_steps)
         clocks = self._instrument() if instrument else {}
         seconds = self.decode(num_steps)
         shares = {name: clock.seconds / seconds for name, clock in clocks.items()}
         for clock in clocks.values():
             clock.remove()
         self.stop_decoding()
-        return {"seconds": seconds / num_steps, **shares}
+        return {"seconds": seconds / num_steps, "first_tokens": first_tokens, **shares}
 
-    def start_decoding(self, prompts: list[list[int]], num_steps: int) -> None:
+    def start_decoding(self, prompts: list[list[int]], num_steps: int) -> float:
         """Read prompts until every request decodes; each may then decode ``num_steps`` tokens.
+
+        Every request has given its first token by then. So nothing that is still in flight, where
+        steps are scheduled ahead, is a part of a prompt.
+
+        Returns:
+            Seconds until the last request gave its first token.
 
         Raises:
             RuntimeError: the KV pool does not hold all requests at once.
@@ -116,28 +135,79 @@ class EngineSide:
             max_tokens=num_steps + num_reading, temperature=0, ignore_eos=True, detokenize=False
         )
         engine = self.llm.llm_engine
+        waiting = {str(i) for i in range(len(prompts))}
+        start = time.perf_counter()
         for i, prompt in enumerate(_prompts(prompts)):
             engine.add_request(str(i), prompt, params)
-        while any(request.is_prefill_chunk for request in self.scheduler.running) or (
-            len(self.scheduler.running) < len(prompts)
-        ):
-            engine.step()
-            if not engine.has_unfinished_requests():
-                raise RuntimeError(f"the KV pool does not hold {len(prompts)} requests at once")
+        while waiting:
+            waiting -= {output.request_id for output in engine.step()}
+        seconds = time.perf_counter() - start
+        if len(self.scheduler.running) < len(prompts):
+            self.stop_decoding()
+            raise RuntimeError(f"the KV pool does not hold {len(prompts)} requests at once")
+        return seconds
 
     def decode(self, num_steps: int) -> float:
-        """Seconds of some steps of the requests that were started."""
-        start = time.perf_counter()
+        """Seconds of some steps of the requests that were started, from an idle device to one.
+
+        Raises:
+            RuntimeError: a request did not decode one token in every step.
+        """
+        engine, device = self.llm.llm_engine, self.worker.model_runner.device
+        synchronize(device)
+        start, num_tokens = time.perf_counter(), 0
         for _ in range(num_steps):
-            self.llm.llm_engine.step()
-        return time.perf_counter() - start
+            num_tokens += len(engine.step())
+        synchronize(device)
+        seconds = time.perf_counter() - start
+        expected = num_steps * len(self.scheduler.running)
+        if num_tokens != expected:
+            raise RuntimeError(f"{num_tokens} tokens were decoded, not {expected}")
+        return seconds
 
     def stop_decoding(self) -> None:
         """Abort the requests that were started."""
-        engine = self.llm.llm_engine
-        engine.abort_request([request.request_id for request in self.scheduler.running])
+        engine, scheduler = self.llm.llm_engine, self.scheduler
+        engine.abort_request(list(scheduler.requests))
         while engine.has_unfinished_requests():
             engine.step()
+
+    def profile(self, num_steps: int) -> Kernels:
+        """What the device does in a step of the requests that were started, kernel by kernel."""
+        return kernel_times(
+            self.worker.model_runner.device, lambda: self.decode(num_steps), num_steps
+        )
+
+    def kept_kv(self) -> dict[str, float]:
+        """What the running requests hold, by the scheduler's own tables.
+
+        Returns:
+            ``requests``; ``tokens``, the mean of a request; ``kv_bytes`` of all of them.
+        """
+        block_size = self.worker.vllm_config.cache_config.block_size
+        managers = getattr(self.scheduler, "kv_policy_managers", {}).values()
+        kept = 0
+        for request in self.scheduler.running:
+            tables = [manager.req_to_blocks[request.request_id] for manager in managers]
+            evicted = {sum(block.is_null for block in table) for table in tables} or {0}
+            kept += request.num_computed_tokens - max(evicted) * block_size
+        num_reqs = len(self.scheduler.running)
+        return {
+            "requests": num_reqs,
+            "tokens": kept / num_reqs,
+            "kv_bytes": kept * self._kv_bytes_per_token(),
+        }
+
+    def read_kv_bytes(self) -> int:
+        """Bytes of keys and values that attention reads in one more step.
+
+        By the lengths that its kernels were given: looked at before the next step is prepared,
+        which reuses the buffers.
+        """
+        return sum(
+            int(metadata.seq_lens.sum()) * self._kv_bytes_per_token(group.layer_names)
+            for group, metadata in self._metadata_of_a_step()
+        )
 
     def nll(
         self,
@@ -204,31 +274,21 @@ class EngineSide:
         }
 
     def attention(self, prompts: list[list[int]], calls: int = 50) -> dict[str, float]:
-        """Attention of one decode step in all layers, and what reading its keys takes at least.
+        """Attention of one decode step in all layers, call by call, and what it has to read.
 
-        The step's own metadata is replayed layer by layer, so the caches are as they were.
+        The step's own metadata is replayed layer by layer while its requests are still there, so
+        caches and lengths are as they were. On a GPU short calls take what their launch takes:
+        :meth:`profile` tells what the kernels do.
         """
         import torch
 
-        runner = self.worker.model_runner
-        caught: list[tuple[Any, Any]] = []
-        builders = [
-            (attn_group, builder)
-            for attn_groups in runner.attn_groups
-            for attn_group in attn_groups
-            for builder in attn_group.metadata_builders
-        ]
-        for attn_group, builder in builders:
-            follow(builder, "build", lambda metadata, g=attn_group: caught.append((g, metadata)))
-        self.decode_steps(prompts, 4)
-        for _, builder in builders:
-            del builder.build
-        latest = {id(group): (group, metadata) for group, metadata in caught}
+        self.start_decoding(prompts, 8)
         layers = self.worker.vllm_config.compilation_config.static_forward_context
+        runner = self.worker.model_runner
         device = Stopwatch(runner.device)
         seconds = num_bytes = 0.0
-        for group, metadata in latest.values():
-            tokens = int(metadata.seq_lens.sum())
+        for group, metadata in self._metadata_of_a_step():
+            num_bytes += int(metadata.seq_lens.sum()) * self._kv_bytes_per_token(group.layer_names)
             for name in group.layer_names:
                 layer = layers[name]
                 shape = (len(metadata.seq_lens), layer.num_heads, layer.head_size)
@@ -237,9 +297,40 @@ class EngineSide:
                 output = torch.empty_like(query)
                 arguments = (layer, query, key, key, layer.kv_cache, metadata, output)
                 seconds += device.mean(lambda a=arguments: a[0].impl.forward(*a), calls)
-                per_token = layer.num_kv_heads * 2 * layer.head_size * layer.kv_cache.itemsize
-                num_bytes += tokens * per_token
+        self.stop_decoding()
         return {"seconds": seconds, "kept_kv_bytes": num_bytes}
+
+    def _metadata_of_a_step(self) -> list[tuple[Any, Any]]:
+        """Decode a few steps; attention groups and the metadata of the last step, which has run."""
+        caught: dict[int, tuple[Any, Any]] = {}
+        builders = [
+            (attn_group, builder)
+            for attn_groups in self.worker.model_runner.attn_groups
+            for attn_group in attn_groups
+            for builder in attn_group.metadata_builders
+        ]
+        for attn_group, builder in builders:
+
+            def see(metadata: Any, group: Any = attn_group) -> None:
+                caught[id(group)] = (group, metadata)
+
+            follow(builder, "build", see)
+        try:
+            self.decode(4)
+        finally:
+            for _, builder in builders:
+                del builder.build
+        return list(caught.values())
+
+    def _kv_bytes_per_token(self, layer_names: Iterable[str] | None = None) -> int:
+        """Of some attention layers, of all by default."""
+        layers = self.worker.vllm_config.compilation_config.static_forward_context
+        if layer_names is None:
+            layer_names = [name for name, layer in layers.items() if hasattr(layer, "num_kv_heads")]
+        return sum(
+            layer.num_kv_heads * 2 * layer.head_size * layer.kv_cache.itemsize
+            for layer in map(layers.get, layer_names)
+        )
 
     def kernels(self) -> dict[str, float]:
         """Largest differences between the device's kernels and their references."""
@@ -267,22 +358,32 @@ class EngineSide:
         }
 
     def settings(self) -> dict[str, Any]:
-        """What vLLM chose."""
+        """What vLLM chose, and the tokens that a request may keep (``None``: all)."""
         config = self.worker.vllm_config
+        block_size = config.cache_config.block_size
+        policies = [
+            manager.default_policy
+            for manager in getattr(self.scheduler, "kv_policy_managers", {}).values()
+        ]
+        budgets = [policy.budget(block_size).total for policy in policies if policy.bounded]
         return {
-            "block_size": config.cache_config.block_size,
+            "block_size": block_size,
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
+            "budget_tokens": budgets[0] * block_size if budgets else None,
         }
 
-    def runner(self) -> str:
-        """The model runner, backend and CUDA graph mode in use."""
+    def chosen(self) -> dict[str, str]:
+        """The model runner, scheduling, attention backend and CUDA graphs in use."""
         config = self.worker.vllm_config
         groups = self.worker.model_runner.attn_groups
         backends = sorted({group.backend.get_name() for of in groups for group in of})
-        mode = config.compilation_config.cudagraph_mode
-        version = "V2" if config.use_v2_model_runner else "V1"
-        ahead = "async" if config.scheduler_config.async_scheduling else "sync"
-        return f"{version}, {ahead}, {'+'.join(backends)}, CUDA graphs {mode.name}"
+        return {
+            "runner": "V2" if config.use_v2_model_runner else "V1",
+            "scheduling": "async" if config.scheduler_config.async_scheduling else "sync",
+            "backend": "+".join(backends),
+            "cuda_graphs": config.compilation_config.cudagraph_mode.name,
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        }
 
     def fits(self, num_tokens: int) -> int:
         """How many requests of so many tokens the KV pool holds while they decode."""
@@ -359,33 +460,66 @@ def weight_bytes(model: Any) -> int:
     return total
 
 
+class EngineError(RuntimeError):
+    """What went wrong in an engine's process, as its traceback."""
+
+
 def _serve(connection: Any, arguments: tuple[Any, ...]) -> None:
+    """Answer calls until ``None`` comes; a call that fails is not the end."""
     try:
         side = EngineSide(*arguments)
-        connection.send(None)
-        while (call := connection.recv()) is not None:
-            name, args, kwargs = call
-            connection.send(getattr(side, name)(*args, **kwargs))
-    except Exception as error:
-        connection.send(error)
+    except Exception:
+        connection.send(EngineError(traceback.format_exc()))
         raise
+    connection.send(None)
+    while (call := connection.recv()) is not None:
+        name, args, kwargs = call
+        try:
+            answer = getattr(side, name)(*args, **kwargs)
+        except Exception:
+            answer = EngineError(traceback.format_exc())
+        connection.send(answer)
 
 
 class RemoteEngine:
-    """A handle on an :class:`EngineSide`; its methods run there."""
+    """A handle on an :class:`EngineSide`; its methods run there.
 
-    def __init__(self, connection: Any) -> None:
+    Args:
+        connection: to its process.
+        seconds: that start and calls may take, all together; ``None``: as long as they like.
+    """
+
+    def __init__(self, connection: Any, seconds: float | None = None) -> None:
         self._connection = connection
-        self._receive()
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._started = False
+
+    def wait(self) -> None:
+        """Until it has started.
+
+        Raises:
+            EngineError: it did not.
+            TimeoutError: it took too long.
+        """
+        if not self._started:
+            self._receive()
+            self._started = True
 
     def _receive(self) -> Any:
-        answer = self._connection.recv()
-        if isinstance(answer, Exception):
+        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        if not self._connection.poll(left):
+            raise TimeoutError("an engine took longer than it was given")
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            raise EngineError("the process of an engine has ended") from None
+        if isinstance(answer, EngineError):
             raise answer
         return answer
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
+            self.wait()
             self._connection.send((name, args, kwargs))
             return self._receive()
 
@@ -393,25 +527,74 @@ class RemoteEngine:
 
 
 @contextmanager
-def engine(
-    model: str, policy: str | None = None, options: dict[str, int] | None = None, **kwargs: Any
+def starting(
+    model: str,
+    policy: str | None = None,
+    options: dict[str, int] | None = None,
+    *,
+    forcing: bool = True,
+    seconds: float | None = None,
+    environment: Mapping[str, str] | None = None,
+    **kwargs: Any,
 ) -> Iterator[RemoteEngine]:
-    """Start an engine in a process of its own; stop it at the end."""
+    """Start an engine in a process of its own without waiting for it; stop it at the end.
+
+    Args:
+        model: a folder.
+        policy: ``None`` for vLLM without one.
+        options: of the policy.
+        forcing: whether it can decode texts that are there already.
+        seconds: what start and calls may take, all together.
+        environment: variables beside those of this process.
+        kwargs: of ``vllm.LLM``.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no process behind the process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
-    process = spawn.Process(
-        target=_serve, args=(there, (str(model), policy, options or {}, kwargs)), daemon=True
-    )
-    process.start()
+    arguments = (str(model), policy, options or {}, kwargs, forcing)
+    process = spawn.Process(target=_serve, args=(there, arguments), daemon=True)
+    with _with_environment(environment or {}):
+        process.start()
     there.close()
     try:
-        yield RemoteEngine(here)
-        here.send(None)
-        process.join(30)
+        yield RemoteEngine(here, seconds)
+        if process.is_alive():
+            here.send(None)
+            process.join(30)
     finally:
         if process.is_alive():
             process.terminate()
-            process.join()
+            process.join(10)
+        if process.is_alive():
+            process.kill()
+
+
+_spawning = threading.Lock()
+
+
+@contextmanager
+def _with_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """For a process that starts meanwhile: it takes the environment that its parent has then."""
+    with _spawning:
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+@contextmanager
+def engine(
+    model: str, policy: str | None = None, options: dict[str, int] | None = None, **kwargs: Any
+) -> Iterator[RemoteEngine]:
+    """The same, once it has started."""
+    with starting(model, policy, options, **kwargs) as side:
+        side.wait()
+        yield side

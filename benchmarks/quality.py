@@ -21,7 +21,7 @@ from vllm_semantic.hooks import DEFAULT_BLOCK_SIZE
 from vllm_semantic.policies import POLICIES
 from vllm_semantic.policies.oracle import FUTURE_ATTENTION
 
-from . import plots, recall, tables, texts
+from . import recall, tables, texts
 from .context import RESULTS, context
 from .demo import progress_bar
 from .engines import RemoteEngine, engine
@@ -246,6 +246,8 @@ def _differences(
 
 def draw(report: dict[str, Any], out: Path) -> Iterable[Path]:
     """The plots that a report has the numbers for, as PNG beside ``out``."""
+    from . import plots  # other benchmarks run where there is no matplotlib
+
     rows, settings = report["rows"], report["context"]
     maps = [row["retention"] for row in rows.values() if "retention" in row]
     if maps:

@@ -10,6 +10,7 @@ from typing import Any
 from vllm_semantic.messages import step_of
 
 from . import interpreter
+from .platforms import on_gpu
 
 
 @dataclass
@@ -52,6 +53,8 @@ def engine(model: str, *, policy: str | None = None, **kwargs: Any) -> Iterator[
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
     }
+    if on_gpu():
+        defaults["gpu_memory_utilization"] = 0.3  # of what has to be free at start
     if interpreter.wanted():
         interpreter.allow_async_scheduling()
         defaults |= {"distributed_executor_backend": "uni", "async_scheduling": True}

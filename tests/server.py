@@ -16,6 +16,8 @@ from typing import Self
 import openai
 import psutil
 
+from .platforms import on_gpu
+
 BLOCK_SIZE = 32
 SMALL_BUDGET = [
     "--kv-policy=semantic",
@@ -28,8 +30,14 @@ SMALL_BUDGET = [
     "--max-model-len=2048",
     "--kv-cache-memory-bytes=67108864",
     "--enforce-eager",
+    "--no-async-scheduling",
+    *(["--dtype=float32", "--gpu-memory-utilization=0.3"] if on_gpu() else []),
 ]
-"""Flags of a server whose requests evict early; the pool and the batch are left to say."""
+"""Flags of a server whose requests evict early; the pool and the batch are left to say.
+
+One step is in flight at a time, as on any CPU: what fits into a pool is the same everywhere. On a
+GPU in float32, so that a request in a batch answers as alone.
+"""
 
 
 class Server:

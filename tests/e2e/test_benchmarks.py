@@ -19,6 +19,7 @@ from vllm_semantic.policies import POLICIES, SemanticPolicy, StreamingPolicy
 
 from ..models import random_prompts
 from ..oracle import Case, judge
+from ..platforms import default_block_size, eviction_delay
 from .test_oracle import TOLERANCE
 
 
@@ -41,7 +42,16 @@ def test_forced_text_and_memory(llama: str) -> None:
         stats = side.stats()
     verdicts = judge(
         [
-            Case(llama, tokens, num_prompt, 32, 512, sink_tokens=4, recent_tokens=64)
+            Case(
+                llama,
+                tokens,
+                num_prompt,
+                default_block_size(),
+                512,
+                sink_tokens=4,
+                recent_tokens=64,
+                eviction_delay=eviction_delay(),
+            )
             for tokens in documents
         ]
     )

@@ -19,6 +19,7 @@ ENGINE = {"max_model_len": 4096, "num_gpu_blocks_override": 48}
 """Fewer blocks than the longer prompt has: without evictions it would not be served."""
 
 
+@pytest.mark.devices(2)
 def test_each_of_two_engines_evicts(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with engine(llama, policy="semantic", kv_policy_config=OPTIONS, **ENGINE) as llm:
         outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)

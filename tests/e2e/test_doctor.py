@@ -11,6 +11,8 @@ import pytest
 
 from vllm_semantic import doctor, upstream
 
+from ..platforms import on_gpu
+
 
 def run_doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -28,11 +30,14 @@ def test_all_is_well(llama: str) -> None:
     assert run.stdout.startswith("versions\n")
     assert run.stdout.endswith("All is well.\n")
     lines = {line.strip().partition(" ")[0]: line for line in run.stdout.splitlines()}
-    assert "fits" in lines["CPU_ATTN"]
+    assert "fits" in lines["FLASH_ATTN" if on_gpu() else "CPU_ATTN"]
     assert "sink 8 + recent 64 + semantic 512 = 584 tokens" in lines["policy"]
-    assert lines["scheduler"].endswith(" SemanticScheduler")
-    assert lines["worker"].endswith(" SemanticCPUWorker")
-    assert "V1" in run.stdout.partition("model runner")[2].splitlines()[0]
+    scheduler, worker, runner = ("SemanticScheduler", "SemanticCPUWorker", "V1")
+    if on_gpu():
+        scheduler, worker, runner = ("AsyncSemanticScheduler", "SemanticWorker", "V2")
+    assert lines["scheduler"].endswith(f" {scheduler}")
+    assert lines["worker"].endswith(f" {worker}")
+    assert runner in run.stdout.partition("model runner")[2].splitlines()[0]
 
 
 def test_what_is_wrong_is_found(llama: str) -> None:
@@ -66,7 +71,7 @@ def test_what_would_be_refused(flags: list[str], reason: str, llama: str) -> Non
 def test_without_a_policy(llama: str) -> None:
     findings = {finding.name: finding for finding in doctor.configuration([llama])}
     assert findings["policy"].value == "none without --kv-policy: vLLM as it is"
-    assert findings["scheduler"].value == "Scheduler"
+    assert findings["scheduler"].value == ("AsyncScheduler" if on_gpu() else "Scheduler")
     assert all(finding.ok for finding in findings.values())
 
 

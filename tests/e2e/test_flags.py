@@ -16,6 +16,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_semantic.engine.runner import access
 from vllm_semantic.hooks import SCHEDULERS, WORKERS, XFORMERS_BACKEND
 
+from ..platforms import default_block_size, on_gpu, stock_block_size
+
 SEMANTIC_512 = ["--kv-policy", "semantic", "--kv-policy-config.semantic_tokens", "512"]
 
 
@@ -42,9 +44,9 @@ def test_flags_reach_the_configuration(flags: list[str], llama: str) -> None:
     policy = config.additional_config["kv_policy"]
     assert policy == {"name": "semantic", "semantic_tokens": 512}
     assert ("other" in config.additional_config) == ("other" in " ".join(flags))
-    assert config.scheduler_config.scheduler_cls == SCHEDULERS[False]
+    assert config.scheduler_config.scheduler_cls == SCHEDULERS[on_gpu()]
     assert config.parallel_config.worker_cls in WORKERS.values()
-    assert config.cache_config.block_size == 32
+    assert config.cache_config.block_size == default_block_size()
 
 
 def test_flags_reach_an_api_server_process(llama: str) -> None:
@@ -65,7 +67,7 @@ print(config.additional_config, config.scheduler_config.scheduler_cls)
     )
     assert run.returncode == 0, run.stderr
     found = run.stdout.decode().strip().rpartition("\n")[2]
-    assert found == f"{args.additional_config} {SCHEDULERS[False]}"
+    assert found == f"{args.additional_config} {SCHEDULERS[on_gpu()]}"
     assert args.additional_config["kv_policy"]["semantic_tokens"] == 512
 
 
@@ -79,7 +81,7 @@ def test_no_flag_no_change(llama: str) -> None:
     assert config.additional_config == {}
     assert config.scheduler_config.scheduler_cls is None
     assert config.parallel_config.worker_cls in WORKERS
-    assert config.cache_config.block_size == 128
+    assert config.cache_config.block_size == stock_block_size()
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from vllm import SamplingParams
 
 from ..engines import engine
 from ..models import random_prompts
+
+pytestmark = pytest.mark.cpu_build("on a GPU graphs are captured: tests/gpu/test_graphs.py")
 
 OPTIONS = {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 128}
 PROMPTS = random_prompts([600, 60, 900, 300])

@@ -14,6 +14,7 @@ from vllm_semantic.hooks import SCHEDULERS
 from .. import interpreter
 from ..engines import engine, manager_of, scheduler_of
 from ..models import random_prompts
+from ..platforms import on_gpu, schedules_ahead
 
 AMPLE: dict[str, dict[str, int]] = {
     "full": {},
@@ -60,21 +61,33 @@ def test_ample_budget_changes_nothing(policy: str, stock: tuple[bool, Any], llam
         assert bool(len(hits)) == caching
 
 
+def qualname(of: Any) -> str:
+    return f"{type(of).__module__}.{type(of).__name__}"
+
+
 def test_policy_runs_where_it_says(llama: str) -> None:
     """The scheduler, worker, runner and backend in use are the ones that were hooked."""
     with engine(llama, policy="semantic") as llm:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         scheduler = scheduler_of(llm)
-        v2 = interpreter.wanted()
-        assert f"{type(scheduler).__module__}.{type(scheduler).__name__}" == SCHEDULERS[v2]
-        assert type(worker).__name__ == "SemanticCPUWorker"
-        assert type(worker.model_runner).__module__ == (
-            "vllm.v1.worker.cpu.model_runner" if v2 else "vllm.v1.worker.cpu_model_runner"
-        )
-        assert worker.runner_access.name == ("V2" if v2 else "V1")
+        assert qualname(scheduler) == SCHEDULERS[schedules_ahead()]
+        if on_gpu():
+            expected = "SemanticWorker", "vllm.v1.worker.gpu.model_runner", "V2", "TritonAttention"
+        elif interpreter.wanted():
+            expected = "SemanticCPUWorker", "vllm.v1.worker.cpu.model_runner", "V2", "CPUAttention"
+        else:
+            expected = "SemanticCPUWorker", "vllm.v1.worker.cpu_model_runner", "V1", "CPUAttention"
         (group,) = worker.model_runner.attn_groups[0]
         assert group.backend.__module__ == "vllm_semantic.engine.backend"
-        assert type(group.metadata_builders[0]).__name__ == "SemanticCPUAttentionMetadataBuilder"
+        builder = type(group.metadata_builders[0]).__name__
+        assert builder.startswith("Semantic")
+        assert builder.endswith("MetadataBuilder")
+        assert expected == (
+            type(worker).__name__,
+            type(worker.model_runner).__module__,
+            worker.runner_access.name,
+            builder.removeprefix("Semantic").removesuffix("MetadataBuilder"),
+        )
 
 
 def test_no_policy_is_stock_vllm(llama: str) -> None:

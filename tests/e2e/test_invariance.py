@@ -11,9 +11,9 @@ import pytest
 from vllm import SamplingParams
 from vllm.config import CompilationMode
 
-from .. import interpreter
 from ..engines import engine, reset_trace, scheduler_of
 from ..models import random_prompts
+from ..platforms import on_gpu, schedules_ahead
 
 OPTIONS = {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 128}
 LENGTHS = [1200, 40, 513, 512, 900, 250]
@@ -47,7 +47,7 @@ def test_in_a_batch(alone: Result, llama: str) -> None:
 
 
 @pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")),
+    not (on_gpu() or shutil.which("g++") or shutil.which("clang++")),
     reason="on a CPU torch.compile needs a C++ compiler",
 )
 def test_compiled(alone: Result, llama: str) -> None:
@@ -130,7 +130,7 @@ def test_after_preemption_by_priority(alone: Result, llama: str) -> None:
 def test_after_preemption(alone: Result, llama: str) -> None:
     """A request that lost everything and starts over ends where it would have ended."""
     # Too few for all, and scheduling ahead keeps the tokens of two steps in flight.
-    num_blocks = 42 if interpreter.wanted() else 34
+    num_blocks = 42 if schedules_ahead() else 34
     with engine(
         llama, policy="semantic", kv_policy_config=OPTIONS, num_gpu_blocks_override=num_blocks
     ) as llm:

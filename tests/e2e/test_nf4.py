@@ -14,6 +14,7 @@ from vllm import SamplingParams
 from ..engines import engine, manager_of, scheduler_of
 from ..models import make_llama, make_prequantised, random_prompts
 from ..oracle import Case, judge
+from ..platforms import eviction_delay
 from .test_oracle import case_options
 
 OPTIONS = {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 128}
@@ -67,7 +68,8 @@ def test_nf4_agrees_with_oracle(model: str) -> None:
             block_size=32,
             prefill_interval=512,
             nf4=True,
-            forced=evictions,
+            forced={at - eviction_delay(): gone for at, gone in evictions.items()},
+            eviction_delay=eviction_delay(),
             **case_options("semantic", OPTIONS),
         )
         for prompt, completion, evictions in zip(PROMPTS, completions, trace, strict=True)

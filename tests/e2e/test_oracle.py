@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from .. import interpreter
 from ..engines import engine, reset_trace, scheduler_of
 from ..models import random_prompts
 from ..oracle import Case, Verdict, judge
+from ..platforms import eviction_delay
 
 POLICIES: dict[str, dict[str, Any]] = {
     "streaming": {"sink_tokens": 4, "recent_tokens": 128},
@@ -139,7 +139,7 @@ def generate(
             num_prompt_tokens=len(output.prompt_token_ids),
             block_size=config.cache_config.block_size,
             prefill_interval=config.scheduler_config.max_num_batched_tokens,
-            eviction_delay=int(interpreter.wanted()),
+            eviction_delay=eviction_delay(),
             **case_options(policy.partition(",")[0], (POLICIES | RULES)[policy]),
         )
         for output in outputs

@@ -152,7 +152,14 @@ def model_path(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> str
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("feature", REFUSED)
+DEVICES = {"pipeline parallelism": 2, "context parallelism": 4}
+"""Where vLLM has GPUs it counts them before a plugin is asked."""
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [pytest.param(name, marks=pytest.mark.devices(DEVICES.get(name, 1))) for name in REFUSED],
+)
 def test_refused_at_start(feature: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     name, flags, message = REFUSED[feature]
     model = model_path(name, request, tmp_path)

@@ -18,6 +18,8 @@ import pytest
 
 from .. import interpreter
 
+pytestmark = pytest.mark.cpu_build("on a GPU every suite runs on Model Runner V2")
+
 Run = subprocess.CompletedProcess[str]
 
 SUITES = {
@@ -26,7 +28,11 @@ SUITES = {
         "tests/unit/test_held_blocks.py",
         "tests/unit/test_scorer.py",
     ],
-    "backend": ["tests/interpreted/test_triton_attn.py", "tests/interpreted/test_forcing.py"],
+    "backend": [
+        "tests/interpreted/test_triton_attn.py",
+        "tests/interpreted/test_forcing.py",
+        "tests/interpreted/test_measurements.py",
+    ],
     "identity": [
         "tests/e2e/test_identity.py::test_policy_runs_where_it_says",
         "tests/e2e/test_identity.py::test_ample_budget_changes_nothing[prefix-caching-semantic]",

@@ -8,6 +8,8 @@ from vllm import SamplingParams
 from ..engines import engine, take_fallbacks
 from ..models import random_prompts
 
+pytestmark = pytest.mark.devices(2)
+
 OPTIONS = {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 128}
 PROMPTS = random_prompts([600, 60, 900, 300])
 PARAMS = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True, detokenize=False)

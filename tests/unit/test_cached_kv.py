@@ -9,6 +9,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_i
 
 from vllm_semantic.engine.cached_kv import CachedKV, Places, cpu_places, stack_layers
 
+pytestmark = pytest.mark.cpu_build("its attention kernels write the cache")
+
 NUM_LAYERS = 2
 NUM_KERNEL_BLOCKS = 12
 HEAD_SIZES = [32, 64, 80, 128]

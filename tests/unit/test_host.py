@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.host import Host
+
+pytestmark = pytest.mark.cpu_build(
+    "the worker's tensors are on a CPU, its scheduler is synchronous"
+)
 
 BLOCK_SIZE, LENGTHS = 32, [300, 500, 700]
 
