@@ -21,6 +21,8 @@ def main() -> int:
     )
     command.add_argument("--json", action="store_true", help="the same, to be read by programs")
     options, flags = parser.parse_known_args()
+    if not sys.flags.safe_path:
+        del sys.path[0]  # `-m` put this folder there; `vllm serve` would not look in it
     return doctor.main(flags, options.json)
 
 

@@ -9,12 +9,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from .policies import POLICIES, KVPolicy
+from .policies.check import (
+    POLICY_ERRORS,
+    PolicyError,
+    build,
+    check_class,
+    check_judged,
+    check_policy,
+    is_built_in,
+    reason,
+)
+from .policies.options import MAX_TOKENS, allowed, option_types, parse
 
 POLICY_FLAG = "--kv-policy"
 CONFIG_FLAG = "--kv-policy-config"
-
-MAX_TOKENS = 2**31 - 1
-"""vLLM counts positions in int32."""
 
 
 def resolve_policy_class(name: object) -> type[KVPolicy]:
@@ -29,16 +37,23 @@ def resolve_policy_class(name: object) -> type[KVPolicy]:
         module_name, _, class_name = name.rpartition(".")
         if module_name:
             try:
-                cls = getattr(importlib.import_module(module_name), class_name)
-            except (ImportError, AttributeError) as error:
-                raise ValueError(f"{POLICY_FLAG} {name!r}: {error}") from error
-            if isinstance(cls, type) and issubclass(cls, KVPolicy):
-                return cls
-            raise ValueError(f"{POLICY_FLAG} {name!r} is not a subclass of KVPolicy")
+                return check_class(_import(module_name, class_name))
+            except PolicyError as error:
+                raise ValueError(f"{POLICY_FLAG} {name!r} {error}") from error
     raise ValueError(
         f"{POLICY_FLAG} {name!r} is not known; allowed: {', '.join(POLICIES)}, "
         "or the qualified name of a KVPolicy class"
     )
+
+
+def _import(module_name: str, class_name: str) -> object:
+    try:
+        return getattr(importlib.import_module(module_name), class_name)
+    except POLICY_ERRORS as error:  # a module is anybody's code
+        why = reason(error, module_name)
+        if isinstance(error, ModuleNotFoundError) and module_name.startswith(str(error.name)):
+            why += "; its folder has to be in PYTHONPATH"
+        raise PolicyError(f"cannot be imported: {why}") from error
 
 
 def make_policy(
@@ -58,20 +73,21 @@ def make_policy(
     cls = resolve_policy_class(name)
     known = cls.options()
     options = {} if options is None else options
+    values = {}
     for key, value in options.items():
         if key not in known:
             raise ValueError(
                 f"{field}.{key} is not an option of policy {name!r}; "
                 f"allowed: {', '.join(known) or 'none'}"
             )
-        if key not in cls.choices:
-            check_number(f"{field}.{key}", value)
-        elif value not in cls.choices[key]:
-            raise ValueError(
-                f"{field}.{key} {reprlib.repr(value)} is not known; "
-                f"allowed: {', '.join(cls.choices[key])}"
-            )
-    policy = cls(**options)
+        values[key] = _option(cls, key, value, field)
+    try:
+        policy = build(cls, values)
+        if not is_built_in(cls):
+            check_policy(policy)
+            check_judged(policy, values)
+    except PolicyError as error:
+        raise ValueError(f"{field} {reprlib.repr(values)}: policy {name!r} {error}") from error
     if policy.bounded and policy.recent_tokens == 0:
         raise ValueError(
             f"{field}.recent_tokens 0 would evict what was just written; "
@@ -80,19 +96,27 @@ def make_policy(
     return policy
 
 
-def check_number(field: str, value: object) -> None:
-    """Refuse what is not a number of tokens, or another number that is an option.
+def _option(cls: type[KVPolicy], option: str, value: object, field: str) -> Any:
+    annotation = option_types(cls)[option]
+    try:
+        return parse(option, annotation, value)
+    except ValueError as error:
+        what = "not a number of tokens" if option.endswith("_tokens") else "not known"
+        raise ValueError(
+            f"{field}.{option} {reprlib.repr(value)} is {what}; "
+            f"allowed: {allowed(option, annotation)}"
+        ) from error
 
-    Args:
-        field: its whole name; ``*_tokens`` counts tokens.
+
+def check_number(field: str, value: object) -> None:
+    """Refuse what is not a number of tokens.
 
     Raises:
         ValueError: ``value`` is no integer from 0 to :data:`MAX_TOKENS`.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_TOKENS:
-        what = "number of tokens" if field.endswith("_tokens") else "number"
         raise ValueError(
-            f"{field} {reprlib.repr(value)} is not a {what}; "
+            f"{field} {reprlib.repr(value)} is not a number of tokens; "
             f"allowed: integers from 0 to {MAX_TOKENS}"
         )
 

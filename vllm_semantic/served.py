@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from .config import CONFIG_FLAG, POLICY_FLAG, check_block_size, check_number, make_policy
 from .policies import POLICIES, KVPolicy
+from .policies.base import SINK
+from .policies.check import PolicyError, build, check_policy, is_built_in, try_out
+from .policies.options import to_json
 
 CONFIG_KEY = "kv_policy"
 """Key of ``VllmConfig.additional_config`` under which the policy travels."""
@@ -54,7 +56,7 @@ class ServedPolicies:
             ValueError: another form, an unknown name or option, or a value out of range.
         """
         if isinstance(config, str):
-            return cls(config, make_policy(config))
+            config = {"name": config}
         if not isinstance(config, Mapping) or "name" not in config:
             raise ValueError(
                 f"additional_config[{CONFIG_KEY!r}] {config!r} is not of the form "
@@ -65,7 +67,10 @@ class ServedPolicies:
         default = make_policy(name, options)
         if largest is not None:
             check_number(f"{CONFIG_FLAG}.{MAX_REQUEST_TOKENS}", largest)
-        return cls(name, default, largest)
+        served = cls(name, default, largest)
+        if not is_built_in(type(default)):
+            _try_out(served)
+        return served
 
     @cached_property
     def classes(self) -> dict[str, type[KVPolicy]]:
@@ -129,11 +134,14 @@ class ServedPolicies:
         if name == self.name:
             options = _options_of(self.default) | options
         policy = make_policy(name, options, field=REQUEST_KEY)
+        asked_for = self.to_request(policy)
         if policy.bounded and num_pinned > policy.sink_tokens:
-            policy = dataclasses.replace(policy, sink_tokens=num_pinned)
+            policy = make_policy(name, {**options, SINK: num_pinned}, field=REQUEST_KEY)
+            asked_for = {**asked_for, PIN_TOKENS: num_pinned}
         if policy != self.default:
             check_block_size(policy, block_size, field=REQUEST_KEY)
-            self._check_size(policy, block_size, num_prompt_tokens + max_tokens)
+            self._check_size(policy, asked_for, block_size, num_prompt_tokens + max_tokens)
+            self._check_queries(policy)
         return policy
 
     def describe(self, block_size: int) -> str:
@@ -149,7 +157,9 @@ class ServedPolicies:
         name = next(name for name, cls in self.classes.items() if cls is type(policy))
         return {"name": name, **_options_of(policy)}
 
-    def _check_size(self, policy: KVPolicy, block_size: int, num_tokens: int) -> None:
+    def _check_size(
+        self, policy: KVPolicy, asked_for: Mapping[str, Any], block_size: int, num_tokens: int
+    ) -> None:
         """Refuse a request that could hold more than one may ask for."""
         largest = self._max_request_blocks(block_size)
         held = -(-num_tokens // block_size)
@@ -157,9 +167,17 @@ class ServedPolicies:
             held = min(held, policy.budget(block_size).total)
         if largest is not None and held > largest:
             raise ValueError(
-                f"{REQUEST_KEY} {self.to_request(policy)} keeps {held} blocks of {block_size} "
+                f"{REQUEST_KEY} {asked_for} keeps {held} blocks of {block_size} "
                 f"tokens; allowed: {largest} blocks, the server's {CONFIG_FLAG}."
                 f"{MAX_REQUEST_TOKENS}"
+            )
+
+    def _check_queries(self, policy: KVPolicy) -> None:
+        """Refuse options for which the workers do not keep enough queries."""
+        if policy.bounded and policy.scores_blocks and policy.num_queries > self.num_queries:
+            raise ValueError(
+                f"{REQUEST_KEY} {self.to_request(policy)} looks at {policy.num_queries} queries; "
+                f"allowed: {self.num_queries}, as many as the server's own policy looks at"
             )
 
     def _max_request_blocks(self, block_size: int) -> int | None:
@@ -237,11 +255,23 @@ def _parse(text: str) -> object:
 
 
 def _options_of(policy: KVPolicy) -> dict[str, Any]:
-    return {option: getattr(policy, option) for option in policy.options()}
+    return {option: to_json(getattr(policy, option)) for option in policy.options()}
+
+
+@lru_cache(maxsize=8)
+def _try_out(served: ServedPolicies) -> None:
+    """Refuse a class of one's own whose score or rank does not work."""
+    try:
+        for policy in (served.default, *served.rules):
+            try_out(policy)
+    except PolicyError as error:
+        raise ValueError(f"{POLICY_FLAG} {served.name!r} {error}") from error
 
 
 def _variants(cls: type[KVPolicy]) -> Iterator[KVPolicy]:
     """A policy for each combination of the words that a class allows."""
     for words in itertools.product(*cls.choices.values()):
-        options: dict[str, Any] = dict(zip(cls.choices, words, strict=True))
-        yield cls(**options)
+        policy = build(cls, dict(zip(cls.choices, words, strict=True)))
+        if not is_built_in(cls):
+            check_policy(policy)
+        yield policy

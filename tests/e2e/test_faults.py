@@ -14,6 +14,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from vllm_semantic.engine import explain
 from vllm_semantic.messages import step_of
 from vllm_semantic.policies import BlockView
 from vllm_semantic.policies.oracle import FUTURE_ATTENTION
@@ -103,14 +104,21 @@ def raising(view: BlockView, scores: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("a bug in a policy")
 
 
+def exiting(view: BlockView, scores: torch.Tensor) -> torch.Tensor:
+    raise SystemExit("a bug in a policy")
+
+
 NO_SCORES: dict[str, tuple[Callable[..., Any], str]] = {
     "raises": (raising, "a bug in a policy"),
+    "exits": (exiting, "a bug in a policy"),
     "all NaN": (lambda view, scores: scores * float("nan"), "every score is NaN"),
     "too few": (lambda view, scores: scores[:, 1:], "the scores have the shape"),
     "too many": (lambda view, scores: scores.repeat(1, 2), "the scores have the shape"),
     "no layers": (lambda view, scores: scores[0], "the scores have the shape"),
-    "a list": (lambda view, scores: scores.tolist(), "'list' object"),
-    "nothing": (lambda view, scores: None, "'NoneType' object"),
+    "a list": (lambda view, scores: scores.tolist(), "the scores are a list"),
+    "complex": (lambda view, scores: scores * 1j, "dense real numbers"),
+    "elsewhere": (lambda view, scores: scores.to("meta"), "the scores are on meta"),
+    "nothing": (lambda view, scores: None, "the scores are a NoneType"),
 }
 
 
@@ -245,14 +253,23 @@ def test_a_policy_that_never_scores_is_refused_at_start(llama: str, errors: list
         {"512": "nonsense"},
         {"512": [1.0]},
         {"512": [None, 1.0] * 32},
+        {"512": [[i % 2, i] for i in range(64)]},
         {"512": {"0": 1.0}},
     ],
     ids=repr,
 )
 def test_what_a_client_sends_to_a_ranking_policy(
-    future: Any, oracle: Any, by_age: Result, errors: list[str]
+    future: Any,
+    oracle: Any,
+    by_age: Result,
+    errors: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One request with nonsense among others: it falls back, they do not notice."""
+    """One request with nonsense among others: it falls back, they do not notice.
+
+    Not even where every eviction is explained in the log.
+    """
+    monkeypatch.setattr(explain.logger, "level", logging.DEBUG)
     spoilt = PARAMS.clone()
     spoilt.extra_args = {FUTURE_ATTENTION: future}
     # Without a future the oracle goes by age, and so does one that fails.

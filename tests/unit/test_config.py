@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from vllm_semantic.config import (
     MAX_TOKENS,
@@ -16,7 +17,13 @@ from vllm_semantic.config import (
     make_policy,
     resolve_policy_class,
 )
-from vllm_semantic.policies import FullPolicy, KVPolicy, SemanticPolicy, StreamingPolicy
+from vllm_semantic.policies import (
+    BlockView,
+    FullPolicy,
+    KVPolicy,
+    SemanticPolicy,
+    StreamingPolicy,
+)
 from vllm_semantic.served import CONFIG_KEY, ServedPolicies, flags_to_config
 
 
@@ -29,9 +36,8 @@ class OwnPolicy(KVPolicy):
     recent_tokens: int = 64
     favourite_tokens: int = 32
 
-    @property
-    def selected_tokens(self) -> int:
-        return self.favourite_tokens
+    def score(self, view: BlockView) -> torch.Tensor:
+        return view.full.keys.amax((2, 3, 4))
 
 
 OWN = f"{__name__}.OwnPolicy"

@@ -187,10 +187,14 @@ def test_a_policy_of_ones_own_names_its_options() -> None:
         name = "nearest"
         recent_tokens: int = 32
         nearest_tokens: int = 64
+        far_tokens: int = 33
 
-        @property
-        def selected_tokens(self) -> int:
-            return self.nearest_tokens
-
-    assert Nearest.options() == {"sink_tokens": 0, "recent_tokens": 32, "nearest_tokens": 64}
-    assert Nearest(sink_tokens=1).budget(32) == BlockBudget(1, 1, 2)
+    assert Nearest.options() == {
+        "sink_tokens": 0,
+        "recent_tokens": 32,
+        "nearest_tokens": 64,
+        "far_tokens": 33,
+    }
+    policy = Nearest(sink_tokens=1)
+    assert policy.budget(32) == BlockBudget(1, 1, 2 + 2)
+    assert (policy.budget_tokens, policy.selected_tokens) == (130, 97)

@@ -13,6 +13,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from ..config import check_block_size
 from ..messages import BlockIndices, ScoreRequest, earlier_turns_of, extra_args_of, policy_of
 from ..policies import KVPolicy
+from ..policies.check import POLICY_ERRORS
 from ..policies.selection import (
     blocks_to_evict,
     eviction_point_of_turns,
@@ -324,7 +325,7 @@ class SemanticManager(FullAttentionManager):
             evicted = blocks_to_evict(kept, budget, scores)
             if asked_in_step is not None:
                 stats.score_ages[self.num_steps - asked_in_step] += 1
-        except Exception:  # a policy is anybody's code
+        except POLICY_ERRORS:  # a policy is anybody's code
             if state.num_fallbacks == 0:
                 logger.exception(
                     "KV policy %s cannot choose among the blocks of request %s at %d tokens: "

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..messages import BlockIndices
 from ..policies import KVPolicy
+from ..policies.check import checked_ranks
 
 
 @dataclass
@@ -60,13 +61,15 @@ class RequestBlocks:
 
         Raises:
             LookupError: the workers sent no scores.
-            ValueError: every score is NaN.
+            TypeError: the ranks are no numbers.
+            ValueError: every score is NaN, or there is not one for each block.
             Exception: whatever a policy raises.
         """
         if policy.scores_blocks:
             scores = self._received(candidates, point, policy.decay)
         else:
-            scores = policy.rank(candidates, point, extra_args)
+            ranks = policy.rank(candidates, point, extra_args)
+            scores = checked_ranks(ranks, len(candidates))
         if all(score != score for score in scores):
             raise ValueError("every score is NaN")
         return scores

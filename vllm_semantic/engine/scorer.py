@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from ..messages import BlockScores, ScoreRequest
 from ..ops.cached_blocks import CachedBlocks
 from ..policies import BlockView, KVPolicy
+from ..policies.check import POLICY_ERRORS, checked_scores
 from .cached_kv import CachedKV
 from .query_windows import QueryWindows
 
@@ -79,20 +80,6 @@ class PendingScores:
         scores = iter(self._on_host[group_id].tolist())
         for request_id, request in self._asked[group_id].items():
             yield request_id, [next(scores) for _ in request.block_indices]
-
-
-def _checked(scores: torch.Tensor, num_layers: int, num_blocks: int) -> torch.Tensor:
-    """What a policy returned, in fp32.
-
-    Raises:
-        ValueError: it is not one score for each layer and block.
-    """
-    if scores.shape != (num_layers, num_blocks):
-        raise ValueError(
-            f"the scores have the shape {list(scores.shape)}; "
-            f"allowed: {[num_layers, num_blocks]}, one for each layer and full block"
-        )
-    return scores.float()
 
 
 class BlockScorer:
@@ -172,7 +159,7 @@ class BlockScorer:
         """
         try:
             return score()
-        except Exception:  # a policy is anybody's code
+        except POLICY_ERRORS:  # a policy is anybody's code
             if not self.failed.issuperset(asked):
                 (policy,) = {request.policy for request in asked.values()}
                 logger.exception(
@@ -223,7 +210,7 @@ class BlockScorer:
             of_layers = policy.score_cached(cached)
             if of_layers is None:
                 return None
-            scores.append(_checked(of_layers, len(keys), len(block_ids)))
+            scores.append(checked_scores(of_layers, len(keys), len(block_ids), device))
         means = torch.cat(scores).mean(0)
         if len(full) == len(block_ids):
             return means
@@ -250,7 +237,8 @@ class BlockScorer:
                     layers.scale,
                 )
                 of_layers = request.policy.score(view)
-                scores.append(_checked(of_layers, len(part.queries), view.num_full_blocks))
+                num_layers = len(part.queries)
+                scores.append(checked_scores(of_layers, num_layers, view.num_full_blocks, device))
         return torch.cat(scores).mean(0)
 
     def _window(self, request_id: str, request: ScoreRequest) -> list[int]:

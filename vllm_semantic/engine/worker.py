@@ -25,6 +25,7 @@ from ..messages import (
     attach_scoring_seconds,
     step_of,
 )
+from ..policies.check import num_judged_blocks
 from ..served import CONFIG_KEY, ServedPolicies
 from .backend import CapturingImpl, CompactingBuilder, StepBuffers
 from .cached_kv import CachedKV, Places, stack_layers
@@ -119,8 +120,10 @@ class KVPolicyWorkerMixin(Worker):
         """Compile the policy's kernels too, before a request needs them."""
         for group_id, held in self._held.items():
             for policy in self.served_policies.rules:
-                asked = {group_id: {"": ScoreRequest(policy, held.block_size, [0], [0])}}
-                self._block_scorer(asked).collect()
+                blocks = list(range(num_judged_blocks(policy, held.block_size)))
+                num_tokens = len(blocks) * held.block_size
+                request = ScoreRequest(policy, num_tokens, blocks, [0] * len(blocks))
+                self._block_scorer({group_id: {"": request}}).collect()
                 # Once it serves, a failure is one request's; here it is everybody's.
                 if self._block_scorer.failed:
                     raise RuntimeError(

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..ops.cached_blocks import CachedBlocks
 from .view import BlockView
+
+SINK, RECENT = "sink_tokens", "recent_tokens"
+"""The parts of a budget that no score decides about."""
+
+FINAL = ("budget", "budget_tokens", "options", "parts", "scores_blocks")
+"""What the engine relies on, in every step and outside of what guards against a policy."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,14 @@ class BlockBudget:
 class KVPolicy(ABC):
     """Which full blocks a request keeps. The fields are the policy's options.
 
-    A subclass names its parts of the budget as ``*_tokens`` integer fields with defaults and
-    overrides either :meth:`score`, which sees queries, keys and values, or :meth:`rank`,
-    which needs none of them.
+    A subclass is a ``@dataclass(frozen=True, kw_only=True)`` with a :attr:`name`. It names its
+    parts of the budget as ``*_tokens`` integer fields with defaults: beside ``sink_tokens`` and
+    ``recent_tokens`` each is kept by score. It overrides either :meth:`score`, which sees
+    queries, keys and values, or :meth:`rank`, which needs none of them. Other options are
+    fields of type ``bool``, ``int``, ``float``, ``str``, ``Literal``, an ``Enum``, tuples of
+    these, or ``None``.
+
+    What breaks these rules is refused at start, see :mod:`~vllm_semantic.policies.check`.
     """
 
     name: ClassVar[str]
@@ -70,34 +83,70 @@ class KVPolicy(ABC):
     recent_tokens: int = 0
     """Last tokens of a sequence, never evicted."""
 
+    _judge: ClassVar[Literal["score", "rank"] | None] = None
+    """Which of the two says what a block is worth: the one that the class overrides."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A new score leaves an inherited kernel behind, which computes the old one."""
+        """See that what a class overrides is what runs.
+
+        Raises:
+            TypeError: the class overrides what the engine relies on, or both scores.
+        """
         super().__init_subclass__(**kwargs)
-        if "score" in vars(cls) and "score_cached" not in vars(cls):
+        for method in FINAL:
+            if _definer(cls, method) is not KVPolicy:
+                raise TypeError(f"{cls.__qualname__} must not override {method}: it is final")
+        for method in ("__eq__", "__ne__", "__hash__"):
+            definer = _definer(cls, method)
+            if definer is not object and "__dataclass_fields__" not in vars(definer):
+                raise TypeError(
+                    f"{cls.__qualname__} must not override {method}: two policies are equal "
+                    "where their options are"
+                )
+        # Computed once: what start has checked is what the engine gets ever after.
+        for name in ("num_queries", "decay"):
+            found = inspect.getattr_static(cls, name)
+            if isinstance(found, property) and found.fget is not None:
+                computed_once = cached_property(found.fget)
+                computed_once.__set_name__(cls, name)
+                setattr(cls, name, computed_once)
+        judge = _definer(cls, "score", "rank")
+        if judge is not KVPolicy:
+            names = [name for name in ("score", "rank") if name in vars(judge)]
+            if len(names) > 1:
+                raise TypeError(f"{judge.__qualname__} overrides both score and rank")
+            cls._judge = names[0]  # type: ignore[assignment]
+        # A new score leaves an inherited kernel behind, which computes the old one.
+        order = cls.__mro__
+        if order.index(_definer(cls, "score")) < order.index(_definer(cls, "score_cached")):
             cls.score_cached = KVPolicy.score_cached  # type: ignore[method-assign]
 
     @property
     def selected_tokens(self) -> int:
         """Tokens kept by score between the sink and the recent ones."""
-        return 0
+        return sum(self._selected_parts)
+
+    @cached_property
+    def _selected_parts(self) -> tuple[int, ...]:
+        """Every part of the budget but the sink and the recent tokens."""
+        return tuple(n for option, n in self.parts().items() if option not in (SINK, RECENT))
 
     @property
     def budget_tokens(self) -> int:
         """Tokens asked for, before rounding up to whole blocks."""
-        return self.sink_tokens + self.recent_tokens + self.selected_tokens
+        return self.sink_tokens + self.recent_tokens + sum(self._selected_parts)
 
-    @property
+    @cached_property
     def scores_blocks(self) -> bool:
         """Whether the workers are asked for scores: not where :meth:`rank` answers."""
-        return self.selected_tokens > 0 and type(self).rank is KVPolicy.rank
+        return self._judge == "score" and any(self._selected_parts)
 
     def budget(self, block_size: int) -> BlockBudget:
-        """Round the budget up to whole blocks of ``block_size`` tokens."""
+        """Round each part of the budget up to whole blocks of ``block_size`` tokens."""
         return BlockBudget(
-            *(
-                -(-tokens // block_size)
-                for tokens in (self.sink_tokens, self.recent_tokens, self.selected_tokens)
-            )
+            -(-self.sink_tokens // block_size),
+            -(-self.recent_tokens // block_size),
+            sum(-(-tokens // block_size) for tokens in self._selected_parts),
         )
 
     def rank(
@@ -145,8 +194,18 @@ class KVPolicy(ABC):
 
     @classmethod
     def options(cls) -> dict[str, Any]:
-        """Option names and their defaults."""
-        return {f.name: f.default for f in dataclasses.fields(cls)}
+        """Option names and their defaults; none of a policy that keeps everything."""
+        if not cls.bounded:
+            return {}
+        return {
+            f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            for f in dataclasses.fields(cls)
+        }
+
+
+def _definer(cls: type, *names: str) -> type:
+    """The most derived class that defines one of these attributes."""
+    return next(base for base in cls.__mro__ if any(name in vars(base) for name in names))
 
 
 @dataclass(frozen=True, kw_only=True)

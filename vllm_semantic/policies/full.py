@@ -12,7 +12,3 @@ class FullPolicy(KVPolicy):
 
     name: ClassVar[str] = "full"
     bounded: ClassVar[bool] = False
-
-    @classmethod
-    def options(cls) -> dict[str, int]:
-        return {}

@@ -40,10 +40,6 @@ class SemanticPolicy(KVPolicy):
     def decay(self) -> float:  # type: ignore[override]
         return 0.0 if self.similarity == "study" else 0.8
 
-    @property
-    def selected_tokens(self) -> int:
-        return self.semantic_tokens
-
     def score(self, view: BlockView) -> torch.Tensor:
         if self.similarity == "study":
             return mean_key_cosine(view.queries[:, -1], view.full.keys)
