@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vllm_semantic.frontend import asks_for_policy, checked, system_chats, with_pinned
 from vllm_semantic.policies import FullPolicy, KVPolicy, SemanticPolicy, StreamingPolicy
 from vllm_semantic.policies.snapkv import SnapKVPolicy
-from vllm_semantic.served import REQUEST_KEY, ServedPolicies, request_options
+from vllm_semantic.served import REQUEST_KEY, ServedPolicies, flags_to_config, request_options
 
 from .. import policy_requests
 
@@ -250,3 +250,8 @@ def test_a_system_message_elsewhere_is_refused() -> None:
     asked = {REQUEST_KEY: '{"pin": "system"}'}
     with pytest.raises(ValueError, match=r"kv_policy\.pin 'system'.*pin_prompt_tokens"):
         with_pinned(asked, [1, 9, 9, 2, 3, 4, 8], [1, 2, 3, 4, 7], [1, 2, 3, 4, 5, 7])
+
+
+def test_a_name_among_the_options_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--kv-policy-config\.name is not an option.*--kv-policy"):
+        flags_to_config("semantic", {"name": "streaming"})
