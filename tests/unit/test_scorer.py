@@ -129,16 +129,39 @@ def test_ranks_are_averaged_before_the_scores_travel() -> None:
     assert opposite({0: {"a": ScoreRequest(STUDY, 8, [1], [1])}}).collect() == {0: {"a": [0.0]}}
 
 
+class FusedPolicy(TOVAPolicy):
+    """With a kernel, of torch, that runs anywhere."""
+
+    def score_cached(self, cached: CachedBlocks) -> torch.Tensor | None:
+        return torch.full((len(cached.keys), len(cached.block_ids)), 7.0)
+
+
+class Constant:
+    def score(self, view: BlockView) -> torch.Tensor:
+        return torch.full(view.full.keys.shape[:2], 2.5)
+
+
 def test_a_policy_with_a_score_of_its_own_is_asked_for_it() -> None:
     """A kernel inherited from another policy computes another score."""
 
-    class Constant(SemanticPolicy):
-        def score(self, view: BlockView) -> torch.Tensor:
-            return torch.full(view.full.keys.shape[:2], 2.5)
+    class OwnScore(FusedPolicy):
+        score = Constant.score
 
-    asked = {0: {"a": ScoreRequest(Constant(), 12, [1, 2], [1, 5])}}
-    constant = BlockScorer({0: [random_layers(3)]}, windows())
-    assert constant(asked).collect() == {0: {"a": [2.5, 2.5]}}
+    class MixedIn(Constant, FusedPolicy):  # type: ignore[misc]
+        pass
+
+    class OwnKernel(OwnScore):
+        score_cached = FusedPolicy.score_cached
+
+    class OwnBoth(TOVAPolicy):
+        score = Constant.score
+        score_cached = FusedPolicy.score_cached
+
+    scorer = BlockScorer({0: [random_layers(3)]}, windows())
+    answers = {FusedPolicy: 7.0, OwnScore: 2.5, MixedIn: 2.5, OwnKernel: 7.0, OwnBoth: 7.0}
+    for policy, answer in answers.items():
+        asked = {0: {"a": ScoreRequest(policy(), 12, [1, 2], [1, 5])}}
+        assert scorer(asked).collect() == {0: {"a": [answer] * 2}}, policy
 
 
 class KernelPolicy(TOVAPolicy):
