@@ -17,6 +17,10 @@ OVERRIDDEN = (
         "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager",
     ),
     (
+        "vllm_semantic.engine.kv_cache_manager.SemanticKVCacheManager",
+        "vllm.v1.core.kv_cache_manager.KVCacheManager",
+    ),
+    (
         "vllm_semantic.engine.spec.SemanticSpec",
         "vllm.v1.kv_cache_interface.FullAttentionSpec",
     ),
@@ -50,6 +54,24 @@ OVERRIDDEN = (
 CALLED = {
     "vllm.engine.arg_utils.EngineArgs.add_cli_args": ("parser",),
     "vllm.engine.arg_utils.EngineArgs.create_engine_config": ("self",),
+    "vllm.entrypoints.generate.beam_search.online.BeamSearchOnlineMixin.beam_search": (
+        "self",
+        "prompt",
+        "request_id",
+        "params",
+    ),
+    "vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest"
+    ".to_beam_search_params": ("self",),
+    "vllm.entrypoints.openai.completion.protocol.CompletionRequest.to_beam_search_params": (
+        "self",
+    ),
+    "vllm.entrypoints.serve.utils.api_utils.get_max_tokens": (
+        "max_model_len",
+        "max_tokens",
+        "input_length",
+        "default_sampling_params",
+        "override_max_tokens",
+    ),
     "vllm.renderers.inputs.preprocess.conversation_to_seq": ("conversation_or_conversations",),
     "vllm.entrypoints.common.offline.OfflineInferenceMixin._add_chat_requests": (
         "self",
