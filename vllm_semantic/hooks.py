@@ -216,20 +216,11 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
         ),
         "models with multi-head latent attention (MLA)": model.use_mla,
         "encoder-decoder models": model.is_encoder_decoder,
-        "models with ALiBi positions": _uses_alibi(model.hf_text_config),
+        "models with ALiBi positions": model.uses_alibi,
         "models whose images see ahead (allowed: --language-model-only)": model.is_mm_prefix_lm,
         "diffusion models": vllm_config.diffusion_config is not None,
     }
     return [feature for feature, present in checks.items() if present]
-
-
-def _uses_alibi(hf_config: Any) -> bool:
-    attn_config = getattr(hf_config, "attn_config", None) or {}
-    return bool(
-        getattr(hf_config, "alibi", False)
-        or getattr(hf_config, "model_type", None) == "bloom"
-        or (isinstance(attn_config, dict) and attn_config.get("alibi"))
-    )
 
 
 def finish_config(vllm_config: VllmConfig, policy: KVPolicy) -> None:

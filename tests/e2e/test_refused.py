@@ -186,7 +186,7 @@ def test_every_refusal_is_tested() -> None:
             use_mla=True,
             is_encoder_decoder=True,
             is_mm_prefix_lm=True,
-            hf_text_config=SimpleNamespace(alibi=True),
+            uses_alibi=True,
         ),
         cache_config=SimpleNamespace(
             cache_dtype="fp8", kv_sharing_fast_prefill=True, mamba_cache_mode="align"

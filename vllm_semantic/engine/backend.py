@@ -239,6 +239,12 @@ def wrap_backend(name: str) -> type[AttentionBackend]:
     )
 
 
+def is_wrapped(backend: type[AttentionBackend]) -> bool:
+    """Whether a backend is one of ours, and not what a model made of it."""
+    name = backend.__name__
+    return name in WRAPPED_BACKENDS and backend is wrap_backend(name)
+
+
 def __getattr__(name: str) -> type[AttentionBackend]:
     try:
         return wrap_backend(name)

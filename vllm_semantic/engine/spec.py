@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeGuard
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
@@ -95,15 +95,23 @@ class SemanticSpec(FullAttentionSpec):
         )
 
 
+def goes_under_policy(spec: KVCacheSpec | None) -> TypeGuard[FullAttentionSpec]:
+    """Whether a layer has full attention.
+
+    One with a window of its own already forgets, also where vLLM manages it as full attention.
+    """
+    return (
+        type(spec) is FullAttentionSpec
+        and not spec.sliding_window
+        and not spec.attention_chunk_size
+    )
+
+
 def semantic_spec(
     spec: KVCacheSpec, served: ServedPolicies, vllm_config: VllmConfig
 ) -> KVCacheSpec:
-    """Put a full-attention layer under a policy; any other layer stays as it is.
-
-    A layer with a window of its own already forgets, also where vLLM manages it as full
-    attention, so it is left alone.
-    """
-    if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size:
+    """Put a full-attention layer under a policy; any other layer stays as it is."""
+    if not goes_under_policy(spec):
         return spec
     return replace_as(
         spec,

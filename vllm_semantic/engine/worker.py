@@ -30,6 +30,7 @@ from ..served import CONFIG_KEY, ServedPolicies
 from .backend import CapturingImpl, CompactingBuilder, StepBuffers
 from .cached_kv import CachedKV, Places, stack_layers
 from .held_blocks import HeldBlocks, HeldRows
+from .layers import check_layers
 from .query_windows import QueryWindows
 from .runner import access
 from .scorer import BlockScorer, PendingScores, ScoredLayers
@@ -66,13 +67,18 @@ class KVPolicyWorkerMixin(Worker):
     """What the workers of every platform need; put before one of them."""
 
     def load_model(self, **kwargs: Any) -> None:
-        """Load the model with wrapped attention backends; vLLM chooses which."""
+        """Load the model with wrapped attention backends; vLLM chooses which.
+
+        Raises:
+            ValueError: its layers do what a policy cannot serve.
+        """
         self.served_policies = ServedPolicies.from_config(
             self.vllm_config.additional_config[CONFIG_KEY]
         )
         self.runner_access = access(self.model_runner)
         with wrapped_attention_backends():
             super().load_model(**kwargs)
+        check_layers(self.vllm_config, self.served_policies.default.name)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Put the full-attention layers under the policy."""
