@@ -266,10 +266,6 @@ TOO_LONG: dict[str, dict[str, Any]] = {
         "vllm_xargs": FULL,
     },
     "/v1/responses": {"input": "word " * 100, "max_output_tokens": 400, "vllm_xargs": FULL},
-    "/inference/v1/generate": {
-        "token_ids": [8] * 100,
-        "sampling_params": {"max_tokens": 400, "extra_args": FULL},
-    },
 }
 """Prompts that fit into the full cache with answers that do not, or may be of any length."""
 
