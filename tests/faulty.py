@@ -29,27 +29,27 @@ class SpoiltPolicy(TOVAPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class OneRankFailsPolicy(TOVAPolicy):
-    """Fails on the second of two ranks, but not at start."""
+    """Fails on the second of two ranks, but not at start: there it sees one block throughout."""
 
     name: ClassVar[str] = "one_rank_fails"
 
     def score(self, view: BlockView) -> torch.Tensor:
         from vllm.distributed import get_tensor_model_parallel_rank
 
-        # At start it is tried with a head size of 8, and in workers with the same block throughout.
-        at_start = view.keys.shape[-1] == 8 or torch.equal(view.keys[:, 0], view.keys[:, 1])
-        if not at_start and get_tensor_model_parallel_rank() == 1:
+        in_worker = torch.distributed.is_initialized()
+        at_start = torch.equal(view.keys[:, 0], view.keys[:, 1])
+        if in_worker and not at_start and get_tensor_model_parallel_rank() == 1:
             raise RuntimeError("only here")
         return super().score(view)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NeverScoresPolicy(TOVAPolicy):
-    """Fails on every model; what it is tried with before one is loaded is smaller."""
+    """Fails in every worker, but not where it is tried before."""
 
     name: ClassVar[str] = "never_scores"
 
     def score(self, view: BlockView) -> torch.Tensor:
-        if view.keys.shape[-1] > 8:
+        if torch.distributed.is_initialized():
             raise RuntimeError("not even once")
         return super().score(view)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .config import CONFIG_FLAG, POLICY_FLAG, check_block_size, resolve_policy_class
 from .frontend import asks_for_policy, checked, system_chats, with_pinned
 from .policies import POLICIES, KVPolicy
+from .policies.trial import AttentionShape
 from .served import (
     CONFIG_KEY,
     MAX_REQUEST_TOKENS,
@@ -131,7 +132,7 @@ def _finishing(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
             return create_engine_config(self, *args, **kwargs)
         from vllm.platforms import current_platform
 
-        policy = ServedPolicies.from_config(self.additional_config[CONFIG_KEY]).default
+        served = ServedPolicies.from_config(self.additional_config[CONFIG_KEY])
         check_vllm_version()
         check_requests()
         engine_args = copy.copy(self)
@@ -139,7 +140,8 @@ def _finishing(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
             platform = "xformers" if xformers else current_platform.device_type
             engine_args.block_size = DEFAULT_BLOCK_SIZE.get(platform)
         vllm_config = create_engine_config(engine_args, *args, **kwargs)
-        finish_config(vllm_config, policy)
+        finish_config(vllm_config, served.default)
+        served.try_out(attention_shape(vllm_config))
         export_metrics()
         return vllm_config
 
@@ -245,6 +247,17 @@ def finish_config(vllm_config: VllmConfig, policy: KVPolicy) -> None:
         )
     parallel.worker_cls = WORKERS[parallel.worker_cls]
     scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
+
+
+def attention_shape(vllm_config: VllmConfig) -> AttentionShape:
+    """Of the full-attention layers of a worker."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return AttentionShape(
+        model.get_num_attention_heads(parallel),
+        model.get_num_kv_heads(parallel),
+        model.get_head_size(),
+        vllm_config.cache_config.block_size,
+    )
 
 
 # -- requests --------------------------------------------------------------------------

@@ -18,7 +18,8 @@ class LLM(vllm.LLM):
         model: as in ``vllm.LLM``.
         kv_policy: ``"full"``, ``"streaming"``, ``"semantic"``, the qualified name of a
             :class:`~vllm_semantic.policies.KVPolicy` class, or ``None`` for vLLM untouched.
-        kv_policy_config: the policy's options in tokens, e.g. ``{"semantic_tokens": 512}``, and
+        kv_policy_config: the policy's options, e.g. ``{"semantic_tokens": 512}``, or their JSON
+            text, and
             ``max_request_tokens``, the largest budget that a request may ask for in
             ``SamplingParams(extra_args={"kv_policy": {...}})``.
         **kwargs: as in ``vllm.LLM``.
@@ -32,7 +33,7 @@ class LLM(vllm.LLM):
         model: str,
         *,
         kv_policy: str | None = None,
-        kv_policy_config: Mapping[str, Any] | None = None,
+        kv_policy_config: Mapping[str, Any] | str | None = None,
         **kwargs: Any,
     ) -> None:
         config = flags_to_config(kv_policy, kv_policy_config)

@@ -7,14 +7,15 @@ import json
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 from .config import CONFIG_FLAG, POLICY_FLAG, check_block_size, check_number, make_policy
 from .policies import POLICIES, KVPolicy
 from .policies.base import SINK
-from .policies.check import PolicyError, build, check_policy, is_built_in, try_out
+from .policies.check import PolicyError, build, check_policy, is_built_in
 from .policies.options import to_json
+from .policies.trial import AttentionShape, try_out
 
 CONFIG_KEY = "kv_policy"
 """Key of ``VllmConfig.additional_config`` under which the policy travels."""
@@ -67,10 +68,21 @@ class ServedPolicies:
         default = make_policy(name, options)
         if largest is not None:
             check_number(f"{CONFIG_FLAG}.{MAX_REQUEST_TOKENS}", largest)
-        served = cls(name, default, largest)
-        if not is_built_in(type(default)):
-            _try_out(served)
-        return served
+        return cls(name, default, largest)
+
+    def try_out(self, shape: AttentionShape) -> None:
+        """Let a policy of somebody's own judge made-up blocks, with every word its options have.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if is_built_in(type(self.default)):
+            return
+        try:
+            for policy in (self.default, *self.rules):
+                try_out(policy, shape)
+        except PolicyError as error:
+            raise ValueError(f"{POLICY_FLAG} {self.name!r} {error}") from error
 
     @cached_property
     def classes(self) -> dict[str, type[KVPolicy]]:
@@ -192,12 +204,25 @@ def has_policy(config: Any) -> bool:
     return isinstance(additional_config, dict) and CONFIG_KEY in additional_config
 
 
-def flags_to_config(name: str | None, options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def flags_to_config(
+    name: str | None, options: Mapping[str, Any] | str | None
+) -> dict[str, Any] | None:
     """The form in which flags travel, validated; ``None`` where no policy is asked for.
+
+    Args:
+        name: of the policy.
+        options: an object, or its JSON text.
 
     Raises:
         ValueError: as :meth:`ServedPolicies.from_config`, or options without a policy.
     """
+    if isinstance(options, str):
+        options = _parse(CONFIG_FLAG, options)
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(
+            f"{CONFIG_FLAG} {reprlib.repr(options)} is not a JSON object such as "
+            '{"semantic_tokens": 192}'
+        )
     if name is None:
         if options:
             raise ValueError(
@@ -205,11 +230,6 @@ def flags_to_config(name: str | None, options: Mapping[str, Any] | None) -> dict
                 f"allowed: {', '.join(POLICIES)}"
             )
         return None
-    if not isinstance(options or {}, Mapping):
-        raise ValueError(
-            f"{CONFIG_FLAG} {reprlib.repr(options)} is not a JSON object such as "
-            '{"semantic_tokens": 192}'
-        )
     if "name" in (options or {}):
         raise ValueError(
             f"{CONFIG_FLAG}.name is not an option of policy {name!r}; allowed: {POLICY_FLAG}"
@@ -231,7 +251,7 @@ def request_options(asked: object) -> dict[str, Any]:
             ``"system"``.
     """
     if isinstance(asked, str):
-        asked = _parse(asked) if asked.lstrip().startswith("{") else {"name": asked}
+        asked = _parse(REQUEST_KEY, asked) if asked.lstrip().startswith("{") else {"name": asked}
     if not isinstance(asked, Mapping):
         raise ValueError(
             f"{REQUEST_KEY} {reprlib.repr(asked)} is neither a name nor of the form "
@@ -247,25 +267,15 @@ def request_options(asked: object) -> dict[str, Any]:
     return options
 
 
-def _parse(text: str) -> object:
+def _parse(field: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{REQUEST_KEY} {reprlib.repr(text)} is not JSON: {error}") from error
+        raise ValueError(f"{field} {reprlib.repr(text)} is not JSON: {error}") from error
 
 
 def _options_of(policy: KVPolicy) -> dict[str, Any]:
     return {option: to_json(getattr(policy, option)) for option in policy.options()}
-
-
-@lru_cache(maxsize=8)
-def _try_out(served: ServedPolicies) -> None:
-    """Refuse a class of one's own whose score or rank does not work."""
-    try:
-        for policy in (served.default, *served.rules):
-            try_out(policy)
-    except PolicyError as error:
-        raise ValueError(f"{POLICY_FLAG} {served.name!r} {error}") from error
 
 
 def _variants(cls: type[KVPolicy]) -> Iterator[KVPolicy]:

@@ -101,6 +101,12 @@ CALLED = {
         "block_hashes",
         "max_cache_hit_length",
     ),
+    "vllm.v1.core.kv_cache_utils.get_kv_cache_groups": ("vllm_config", "kv_cache_spec"),
+    "vllm.v1.core.kv_cache_utils._max_memory_usage_bytes_from_groups": (
+        "vllm_config",
+        "kv_cache_groups",
+    ),
+    "vllm.v1.core.kv_cache_utils._pool_bytes_per_block": ("vllm_config", "kv_cache_groups"),
     "vllm.v1.kv_cache_interface.replace_as": ("spec", "target_cls"),
     "vllm.v1.kv_cache_spec_registry.register_kv_cache_spec": (
         "manager_class",

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,10 +15,13 @@ from vllm_semantic import doctor, upstream
 from ..platforms import on_gpu
 
 
-def run_doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_doctor(
+    *arguments: str, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "vllm_semantic", "doctor", *arguments],
         env=os.environ | environment,
+        cwd=cwd,
         capture_output=True,
         text=True,
         check=False,
@@ -87,3 +91,33 @@ def test_another_vllm_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wrong[name].startswith("takes spec, target_cls")
     assert wrong[gone] == "is gone"
     assert len(wrong) == 3
+
+
+SLIP = """
+from dataclasses import dataclass
+from vllm_semantic.policies import SelectivePolicy
+@dataclass(frozen=True, kw_only=True)
+class Mine(SelectivePolicy):
+    name = "mine"
+    def score(self, view): return view.keys.norm(dim=-1).mean((2, 3)).tolist()
+"""
+
+
+def test_a_policy_class_that_returns_a_list(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at start, and with no model loaded."""
+    (tmp_path / "doctors_policy.py").write_text(SLIP)
+    monkeypatch.syspath_prepend(tmp_path)
+    (finding,) = doctor.configuration([llama, "--kv-policy", "doctors_policy.Mine"])
+    assert not finding.ok
+    said = "--kv-policy 'doctors_policy.Mine' cannot score: TypeError: the scores are a list"
+    assert said in finding.value
+
+
+def test_a_policy_class_that_only_the_doctor_would_find(llama: str, tmp_path: Path) -> None:
+    """``python -m`` looks in the folder it runs in; ``vllm serve`` does not."""
+    (tmp_path / "policy_here.py").write_text(SLIP.replace(".tolist()", ""))
+    run = run_doctor(llama, "--kv-policy", "policy_here.Mine", cwd=tmp_path)
+    assert run.returncode == 1, run.stderr
+    assert "No module named 'policy_here'; its folder has to be in PYTHONPATH" in run.stdout

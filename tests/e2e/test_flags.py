@@ -71,6 +71,25 @@ print(config.additional_config, config.scheduler_config.scheduler_cls)
     assert args.additional_config["kv_policy"]["semantic_tokens"] == 512
 
 
+def test_a_parser_of_ones_own_registers_first(llama: str) -> None:
+    """``EngineArgs.add_cli_args``, unlike that of ``AsyncEngineArgs``, loads no plugins."""
+    code = """
+import sys
+import vllm_semantic
+vllm_semantic.register()
+from vllm import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+args = parser.parse_args(["--model", *sys.argv[1:]])
+print(EngineArgs.from_cli_args(args).additional_config)
+"""
+    command = [sys.executable, "-c", code, llama, *SEMANTIC_512]
+    run = subprocess.run(command, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr
+    found = run.stdout.decode().strip().rpartition("\n")[2]
+    assert found == "{'kv_policy': {'name': 'semantic', 'semantic_tokens': 512}}"
+
+
 def test_block_size_of_the_user_is_kept(llama: str) -> None:
     config = configure(llama, "--kv-policy", "semantic", "--block-size", "64")
     assert config.cache_config.block_size == 64

@@ -140,10 +140,26 @@ def test_options_of_another_policy() -> None:
         make_policy("full", {"sink_tokens": 8})
 
 
-@pytest.mark.parametrize("options", [[64], "sink_tokens", 64])
-def test_options_that_are_no_object(options: Any) -> None:
-    with refused("--kv-policy-config", repr(options), "JSON object"):
-        flags_to_config("semantic", options)
+@pytest.mark.parametrize("name", ["semantic", None])
+@pytest.mark.parametrize("options", [[64], "[64]", [], 64, 0])
+def test_options_that_are_no_object(name: str | None, options: Any) -> None:
+    with refused("--kv-policy-config", str(options), "JSON object"):
+        flags_to_config(name, options)
+
+
+@pytest.mark.parametrize("name", ["semantic", None])
+@pytest.mark.parametrize("options", ["", "sink_tokens", "semantic_tokens=512", '{"a": }'])
+def test_options_in_text_that_is_no_json(name: str | None, options: str) -> None:
+    with refused("--kv-policy-config", repr(options), "is not JSON"):
+        flags_to_config(name, options)
+
+
+def test_options_may_be_json_text() -> None:
+    """As the flag takes them."""
+    expected = {"name": "semantic", "semantic_tokens": 512}
+    assert flags_to_config("semantic", '{"semantic_tokens": 512}') == expected
+    assert flags_to_config("semantic", "{}") == {"name": "semantic"}
+    assert flags_to_config(None, "{}") is None
 
 
 def test_options_without_a_policy() -> None:

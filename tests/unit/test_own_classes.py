@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,11 @@ import torch
 
 from vllm_semantic import served
 from vllm_semantic.config import describe
+from vllm_semantic.engine.request_blocks import RequestBlocks
 from vllm_semantic.policies import KVPolicy
-from vllm_semantic.policies.check import RESERVED, checked_ranks, checked_scores, try_out
+from vllm_semantic.policies.check import RESERVED
 from vllm_semantic.policies.tova import TOVAPolicy
+from vllm_semantic.policies.trial import AttentionShape, checked_ranks, checked_scores
 from vllm_semantic.served import ServedPolicies
 
 HEADER = """
@@ -57,9 +58,16 @@ def mine(*lines: str, base: str = "SelectivePolicy", score: str = SCORE) -> str:
     return f"@own\nclass Mine({base}):\n" + "".join(f"    {line}\n" for line in body if line)
 
 
+def serve(name: str, **options: Any) -> ServedPolicies:
+    """What happens before a model is loaded."""
+    own = ServedPolicies.from_config({"name": name, **options})
+    own.try_out(AttentionShape(num_heads=4, num_kv_heads=2, head_size=8, block_size=16))
+    return own
+
+
 def refused(name: str, message: str, **options: Any) -> None:
     with pytest.raises(ValueError, match=message) as refusal:
-        ServedPolicies.from_config({"name": name, **options})
+        serve(name, **options)
     assert name in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -255,7 +263,7 @@ RIGHT: dict[str, str] = {
 
 @pytest.mark.parametrize("what", RIGHT)
 def test_what_is_right_is_served(what: str, write: Write) -> None:
-    served = ServedPolicies.from_config(write(RIGHT[what]))
+    served = serve(write(RIGHT[what]))
     assert served.default.name == "mine"
     sums = [served.default.budget_tokens, sum(served.default.parts().values())]
     words = describe(served.default, 1)
@@ -267,22 +275,22 @@ def test_what_is_right_is_served(what: str, write: Write) -> None:
 def test_what_is_tried_changes_nothing(write: Write) -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    ServedPolicies.from_config(write(mine(score=SCORE + " + torch.rand(())")))
+    serve(write(mine(score=SCORE + " + torch.rand(())")))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_most_derived_of_score_and_rank_decides(write: Write) -> None:
-    by_score = ServedPolicies.from_config(write(mine(base="RandomPolicy"))).default
+    by_score = serve(write(mine(base="RandomPolicy"))).default
     assert by_score.scores_blocks
     rank = "def rank(self, candidates, *args): return candidates"
-    by_rank = ServedPolicies.from_config(write(mine(base="TOVAPolicy", score=rank))).default
+    by_rank = serve(write(mine(base="TOVAPolicy", score=rank))).default
     assert not by_rank.scores_blocks
     assert TOVAPolicy().scores_blocks
 
 
 def test_a_mixins_score_leaves_an_inherited_kernel_behind(write: Write) -> None:
     source = f"class Loud:\n    {SCORE}\n" + mine(score="", base="Loud, SemanticPolicy")
-    mine_class = type(ServedPolicies.from_config(write(source)).default)
+    mine_class = type(serve(write(source)).default)
     assert mine_class.score_cached is KVPolicy.score_cached
 
 
@@ -294,7 +302,7 @@ def test_what_start_has_checked_does_not_change(write: Write) -> None:
         "    self.calls.append(1)",
         "    return 1 / (len(self.calls) < 4)",
     )
-    policy = ServedPolicies.from_config(write(source)).default
+    policy = serve(write(source)).default
     assert [policy.decay for _ in range(4)] == [1.0] * 4
     assert len(type(policy).calls) == 3
 
@@ -305,7 +313,7 @@ def test_what_fails_on_a_cpu_may_want_a_gpu(write: Write, monkeypatch: pytest.Mo
     slip = write(mine(score="def score(self, view): return view.key"))
     refused(kernel, "cannot score: RuntimeError: no kernel for cpu")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    ServedPolicies.from_config(kernel)
+    serve(kernel)
     refused(slip, "cannot score: AttributeError")
 
 
@@ -443,6 +451,17 @@ def test_ranks_are_floats() -> None:
             checked_ranks(ranks, 3)
 
 
+def test_a_rank_may_do_with_its_candidates_what_it_likes(write: Write) -> None:
+    """What falls back to them, where it fails, still has all of them."""
+    body = "def rank(self, candidates, *args): candidates.pop(); raise RuntimeError('sorry')"
+    name = write(mine(score=body))
+    policy = ServedPolicies.from_config(name).default
+    candidates = [2, 3, 5]
+    with pytest.raises(RuntimeError, match="sorry"):
+        RequestBlocks().judge(policy, candidates, 256, {})
+    assert candidates == [2, 3, 5]
+
+
 def test_scores_are_float32() -> None:
     device = torch.device("cpu")
     for dtype in (torch.float64, torch.float16, torch.int64, torch.bool):
@@ -451,10 +470,3 @@ def test_scores_are_float32() -> None:
         assert scores.tolist() == [[1.0] * 3] * 2
     with pytest.raises(TypeError, match="sparse"):
         checked_scores(torch.ones(2, 3).to_sparse(), 2, 3, device)
-
-
-def test_policies_that_go_by_age_need_no_trial(write: Write) -> None:
-    random.seed(0)
-    state = random.getstate()
-    try_out(ServedPolicies.from_config("streaming").default)
-    assert random.getstate() == state

@@ -114,7 +114,14 @@ def test_what_was_chosen_is_chosen_again(served: ServedPolicies) -> None:
         ({"pin": "user"}, r"kv_policy.pin 'user' is not known; allowed: system"),
         ({"pin": "system"}, r"kv_policy.pin 'system' needs a chat .* kv_policy.pin_prompt_tokens"),
         ({"semantic_tokens": 193}, r"keeps 10 blocks of 32 tokens; allowed: 9 blocks, the server"),
-        ({"pin_prompt_tokens": 33}, r"keeps 10 blocks .* --kv-policy-config.max_request_tokens"),
+        (
+            {"pin_prompt_tokens": 33},
+            r"'pin_prompt_tokens': 33} keeps 10 blocks .* --kv-policy-config.max_request_tokens",
+        ),
+        (
+            {"pin_prompt_tokens": 32, "semantic_tokens": 256},
+            r"'semantic_tokens': 256, .*'pin_prompt_tokens': 32} keeps 11 blocks",
+        ),
         ("full", r"kv_policy \{'name': 'full'\} keeps 128 blocks"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..messages import BlockIndices
 from ..policies import KVPolicy
-from ..policies.check import checked_ranks
+from ..policies.trial import checked_ranks
 
 
 @dataclass
@@ -68,7 +68,7 @@ class RequestBlocks:
         if policy.scores_blocks:
             scores = self._received(candidates, point, policy.decay)
         else:
-            ranks = policy.rank(candidates, point, extra_args)
+            ranks = policy.rank(list(candidates), point, extra_args)  # a copy: they may change it
             scores = checked_ranks(ranks, len(candidates))
         if all(score != score for score in scores):
             raise ValueError("every score is NaN")

@@ -210,6 +210,20 @@ class KVPolicyMixin(Scheduler):
             self.max_model_len,
             capacity(num_blocks, full_blocks),
         )
+        cache_config = self.vllm_config.cache_config
+        if spec.policy.bounded and cache_config.kv_cache_size_tokens:
+            logger.info(
+                "KV policy %s: the KV cache size above, %s tokens, is %.2f requests of %d tokens "
+                "that each have their budget and %d tokens in flight; the pool has %d blocks of "
+                "%d tokens",
+                spec.policy.name,
+                f"{cache_config.kv_cache_size_tokens:,}",
+                cache_config.kv_cache_max_concurrency,
+                self.max_model_len,
+                spec.max_in_flight_tokens,
+                num_blocks,
+                spec.block_size,
+            )
 
 
 class SemanticScheduler(KVPolicyMixin, Scheduler):

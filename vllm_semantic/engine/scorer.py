@@ -15,7 +15,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from ..messages import BlockScores, ScoreRequest
 from ..ops.cached_blocks import CachedBlocks
 from ..policies import BlockView, KVPolicy
-from ..policies.check import POLICY_ERRORS, checked_scores
+from ..policies.check import POLICY_ERRORS
+from ..policies.trial import checked_scores
 from .cached_kv import CachedKV
 from .query_windows import QueryWindows
 

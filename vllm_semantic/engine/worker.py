@@ -25,12 +25,13 @@ from ..messages import (
     attach_scoring_seconds,
     step_of,
 )
-from ..policies.check import num_judged_blocks
+from ..policies.trial import num_judged_blocks
 from ..served import CONFIG_KEY, ServedPolicies
 from .backend import CapturingImpl, CompactingBuilder, StepBuffers
 from .cached_kv import CachedKV, Places, stack_layers
 from .held_blocks import HeldBlocks, HeldRows
 from .layers import check_layers
+from .pool import explain_shortage
 from .query_windows import QueryWindows
 from .runner import access
 from .scorer import BlockScorer, PendingScores, ScoredLayers
@@ -87,6 +88,14 @@ class KVPolicyWorkerMixin(Worker):
             name: semantic_spec(spec, self.served_policies, self.vllm_config)
             for name, spec in specs.items()
         }
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache; where they are too few, say which flags help."""
+        available_bytes: int = super().determine_available_memory()
+        specs = self.get_kv_cache_spec()
+        if shortage := explain_shortage(self.vllm_config, specs, available_bytes):
+            logger.error("%s", shortage)
+        return available_bytes
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Connect the attention layers to the scorer once their cache exists.

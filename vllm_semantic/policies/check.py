@@ -1,8 +1,7 @@
 """What the author of a policy can get wrong, found before it serves, by name.
 
-A policy is anybody's code. Here its class, what its options make of it and what its score or rank
-returns are held to what :class:`~.base.KVPolicy` promises, on a CPU and without a model; what can
-only be seen later is guarded where the engine calls it.
+A policy is anybody's code. Here its class, and what its options make of it, are held to what
+:class:`~.base.KVPolicy` promises; :mod:`~.trial` sees what its score or rank returns.
 """
 
 from __future__ import annotations
@@ -14,15 +13,11 @@ import reprlib
 import traceback
 from collections.abc import Mapping, Sequence
 from functools import cache
-from numbers import Real
 from typing import Any
-
-import torch
 
 from . import POLICIES
 from .base import RECENT, SINK, KVPolicy
 from .options import allowed, option_types, parse
-from .view import BlockView
 
 POLICY_ERRORS = (Exception, SystemExit)
 """What the code of a policy may raise that is no reason for an engine to end."""
@@ -31,9 +26,6 @@ RESERVED = ("name", "bounded", "choices", "pin", "pin_prompt_tokens", "max_reque
 """What no option can be called: read of the class, or of a request beside its options."""
 
 MAX_QUERIES = 1024
-
-ON_ANY_DEVICE = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, TypeError)
-"""Mistakes in Python. What else a score raises on a CPU may be for want of a GPU."""
 
 
 class PolicyError(ValueError):
@@ -265,110 +257,3 @@ def check_judged(policy: KVPolicy, options: Mapping[str, Any]) -> None:
             f"overrides {policy._judge}, which would never be called: "
             f"{', '.join(by_score)} is 0 by default"
         )
-
-
-# -- what it returns -------------------------------------------------------------------
-
-
-def checked_scores(
-    scores: object, num_layers: int, num_blocks: int, device: torch.device
-) -> torch.Tensor:
-    """What :meth:`~.base.KVPolicy.score` returned, in fp32.
-
-    Raises:
-        TypeError: it is no tensor, or none of real numbers.
-        ValueError: it is not one score for each layer and block, or on another device.
-    """
-    if not isinstance(scores, torch.Tensor):
-        raise TypeError(f"the scores are a {type(scores).__name__}; allowed: a torch.Tensor")
-    if scores.shape != (num_layers, num_blocks):
-        raise ValueError(
-            f"the scores have the shape {list(scores.shape)}; "
-            f"allowed: {[num_layers, num_blocks]}, one for each layer and full block"
-        )
-    if scores.is_complex() or scores.layout is not torch.strided:
-        raise TypeError(
-            f"the scores are {scores.dtype}, {scores.layout}; allowed: dense real numbers"
-        )
-    if scores.device != device:
-        raise ValueError(f"the scores are on {scores.device}; allowed: {device}, as the keys")
-    return scores.detach().float()
-
-
-def checked_ranks(ranks: object, num_blocks: int) -> list[float]:
-    """What :meth:`~.base.KVPolicy.rank` returned, as floats.
-
-    Raises:
-        TypeError: it is no sequence of real numbers; a tensor or an array of them is one.
-        ValueError: it is not one for each candidate.
-    """
-    if hasattr(ranks, "tolist"):
-        ranks = ranks.tolist()
-    if not isinstance(ranks, Sequence) or isinstance(ranks, (str, bytes)):
-        raise TypeError(f"the ranks are a {type(ranks).__name__}; allowed: a sequence of numbers")
-    if len(ranks) != num_blocks:
-        raise ValueError(f"there are {len(ranks)} ranks for {num_blocks} blocks")
-    if wrong := [rank for rank in ranks if not isinstance(rank, Real)]:
-        raise TypeError(f"{reprlib.repr(wrong[0])} is among the ranks; allowed: numbers")
-    return [float(rank) for rank in ranks]
-
-
-def try_out(policy: KVPolicy) -> None:
-    """Let a policy judge made-up blocks, as the engine will.
-
-    Raises:
-        PolicyError: it raises, or returns something that is not one number for each block.
-    """
-    if policy._judge is None or not any(policy._selected_parts):
-        return
-    module = type(policy).__module__
-    try:
-        # Nothing of it shows in what anybody draws at random later.
-        with torch.random.fork_rng(devices=[]), torch.inference_mode():
-            if policy.scores_blocks:
-                for num_filled in (0, BLOCK_SIZE // 2):
-                    _try_score(policy, num_filled)
-            else:
-                _try_rank(policy)
-    except PolicyError:
-        raise
-    except POLICY_ERRORS as error:
-        if torch.version.cuda is None or isinstance(error, ON_ANY_DEVICE):
-            raise PolicyError(f"cannot {policy._judge}: {reason(error, module)}") from error
-
-
-BLOCK_SIZE, HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS = 16, 8, 4, 2, 2
-"""Of the blocks that are made up."""
-
-
-def num_judged_blocks(policy: KVPolicy, block_size: int) -> int:
-    """As many blocks as a policy judges at least, one more than its budget; at most 64 to try."""
-    return min(policy.budget(block_size).total + 1, 64)
-
-
-def _held_blocks(policy: KVPolicy) -> list[int]:
-    """As at an eviction point, one gone before."""
-    return [0, *range(2, num_judged_blocks(policy, BLOCK_SIZE) + 1)]
-
-
-def _try_score(policy: KVPolicy, num_filled: int) -> None:
-    full = _held_blocks(policy)
-    held = full + [full[-1] + 1] * bool(num_filled)
-    num_tokens = (full[-1] + 1) * BLOCK_SIZE + num_filled
-    generator = torch.Generator().manual_seed(0)
-    kv_shape = (NUM_LAYERS, len(held), NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE)
-    keys, values = (torch.randn(kv_shape, generator=generator) for _ in range(2))
-    query_shape = (NUM_LAYERS, min(policy.num_queries, num_tokens), NUM_HEADS, HEAD_SIZE)
-    queries = torch.randn(query_shape, generator=generator)
-    view = BlockView(queries, keys, values.clone, torch.tensor(held), num_tokens, HEAD_SIZE**-0.5)
-    scores = checked_scores(policy.score(view), NUM_LAYERS, len(full), keys.device)
-    if scores.isnan().all():
-        raise PolicyError("cannot score: every score is NaN")
-
-
-def _try_rank(policy: KVPolicy) -> None:
-    kept = _held_blocks(policy)
-    candidates = kept[1:-1]
-    ranks = checked_ranks(policy.rank(candidates, (kept[-1] + 1) * BLOCK_SIZE, {}), len(candidates))
-    if all(rank != rank for rank in ranks):
-        raise PolicyError("cannot rank: every rank is NaN")
