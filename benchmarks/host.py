@@ -227,7 +227,7 @@ class PolicyWorker(KVPolicyWorkerMixin, PlainWorker):
         self.model_runner = SimpleNamespace(device=torch.device("cpu"))
         self._windows = QueryWindows(spec.served.num_queries, self.scheduler_config.max_num_seqs)
         self._block_scorer = InstantScorer({0: []}, self._windows)
-        max_num_blocks = self._max_num_blocks(spec)
+        max_num_blocks = spec.max_held_blocks(config)
         held = HeldBlocks(self.scheduler_config.max_num_seqs, max_num_blocks, spec.block_size, 1)
         self._held = {0: held}
         self.builder.buffers = self._step_buffers(max_num_blocks)

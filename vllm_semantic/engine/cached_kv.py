@@ -36,6 +36,11 @@ class CachedKV:
     places: Places | None = None
     """``None``: a key lies next to its value. Else all of a head's keys come first."""
 
+    @property
+    def block_numel(self) -> int:
+        """Elements of the keys of one block of the block manager, in one layer."""
+        return self.kernel_blocks * self.kv_cache[0, 0].numel() // 2
+
     @cached_property
     def keys(self) -> torch.Tensor | None:
         """All keys as a view, ``[num_layers, num_kernel_blocks, num_kv_heads,

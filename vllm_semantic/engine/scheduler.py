@@ -136,7 +136,7 @@ class KVPolicyMixin(Scheduler):
             stats.scoring_microseconds += round(1e6 * seconds * part)
 
     def _ask_for_scores(self, step: KVPolicyStep, group_id: int, output: SchedulerOutput) -> None:
-        """What the workers have to score after the step, and whether to keep its queries."""
+        """What the workers have to score after the step, and whose queries they have to keep."""
         manager = self.kv_policy_managers[group_id]
         asked = {}
         for request_id, num_new in output.num_scheduled_tokens.items():
@@ -145,7 +145,8 @@ class KVPolicyMixin(Scheduler):
             end = request.num_computed_tokens
             if end <= manager.quiet_until.get(request_id, 0):
                 continue
-            step.keeps_queries |= manager.keeps_queries(request, end - num_new, num_new)
+            if manager.keeps_queries(request, end - num_new, num_new):
+                step.keeps_queries.add(request_id)
             if (score_request := manager.score_request(request, end)) is not None:
                 asked[request_id] = score_request
         if asked:
