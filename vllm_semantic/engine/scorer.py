@@ -134,6 +134,8 @@ class BlockScorer:
         self.mean_over_ranks = mean_over_ranks
         self.failed: set[str] = set()
         """Requests whose scoring has failed, and was logged."""
+        self._no_kernel: set[type[KVPolicy]] = set()
+        """Policies whose kernels do not run here."""
 
     def __call__(
         self,
@@ -207,7 +209,7 @@ class BlockScorer:
         self, policy: KVPolicy, group: Sequence[ScoredLayers], asked: Mapping[str, ScoreRequest]
     ) -> torch.Tensor | None:
         """All requests by the policy's kernel, if it has one: means over layers."""
-        if not has_kernel(policy):
+        if not has_kernel(policy) or type(policy) in self._no_kernel:
             return None
         places: list[list[int]] = [[], [], []]
         windows, full = [], []
@@ -245,6 +247,7 @@ class BlockScorer:
             )
             of_layers = policy.score_cached(cached)
             if of_layers is None:
+                self._no_kernel.add(type(policy))
                 return None
             scores.append(checked_scores(of_layers, len(keys), len(block_ids), device))
         means = torch.cat(scores).mean(0)
@@ -298,6 +301,9 @@ def _some_at_once(
     """
     for layers in group:
         step = max(1, most // max(1, elements(layers)))
+        if step >= len(layers.queries):
+            yield layers  # with what is known of their cache
+            continue
         for first in range(0, len(layers.queries), step):
             part = slice(first, first + step)
             cache = replace(layers.cache, kv_cache=layers.cache.kv_cache[part])
