@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -76,7 +77,7 @@ class Host:
             spec = semantic_spec(spec, ServedPolicies.from_config(policy), config)
             scheduler, worker = resolve_obj_by_qualname(SCHEDULERS[False]), PolicyWorker
         num_blocks = max_num_seqs * -(-max_model_len // block_size) + 1
-        self.scheduler = make_scheduler(scheduler, config, spec, num_blocks)
+        self.scheduler = make_scheduler(scheduler, config, [spec], num_blocks)
         self.worker = worker(config, spec)
 
     def start(self, prompts: list[list[int]]) -> None:
@@ -110,18 +111,18 @@ class Host:
         return sum(manager.stats.evicted_blocks for manager in managers.values())
 
 
-def make_scheduler(cls: type[Scheduler], config: Any, spec: Any, num_blocks: int) -> Any:
-    """A scheduler of one KV cache group that no model has been loaded for."""
+def make_scheduler(cls: type[Scheduler], config: Any, specs: Sequence[Any], num_blocks: int) -> Any:
+    """A scheduler of a KV cache group for each spec, that no model has been loaded for."""
     config.cache_config.num_gpu_blocks = num_blocks
     return cls(
         vllm_config=config,
         kv_cache_config=KVCacheConfig(
             num_blocks=num_blocks,
             kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+            kv_cache_groups=[KVCacheGroupSpec([f"layer {i}"], of) for i, of in enumerate(specs)],
         ),
         structured_output_manager=StructuredOutputManager(config),
-        block_size=spec.block_size,
+        block_size=specs[0].block_size,
     )
 
 

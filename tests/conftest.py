@@ -57,6 +57,13 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def gemma_of_six(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from .models import make_gemma
+
+    return make_gemma(tmp_path_factory.mktemp("gemma-of-six"), num_layers=6)
+
+
+@pytest.fixture(scope="session")
 def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> str:
     from .models import make_gpt_oss
 

@@ -17,19 +17,24 @@ from .platforms import on_gpu
 class Trace:
     """What the scheduler of an engine decided, request by request."""
 
-    evictions: dict[str, dict[int, list[int]]] = field(default_factory=dict)
-    """Request -> computed tokens at the eviction -> logical blocks."""
+    evictions: dict[str, dict[int, list[Any]]] = field(default_factory=dict)
+    """Request -> computed tokens at the eviction -> logical blocks; where layers are in several
+    groups, a list of them for each group."""
     max_held: dict[str, int] = field(default_factory=dict)
-    """Request -> most blocks it held after any step."""
+    """Request -> most blocks it held in a group of layers after any step."""
     num_preemptions: int = 0
 
-    def by_index(self) -> list[dict[int, list[int]]]:
+    def by_index(self) -> list[dict[int, list[Any]]]:
         """Evictions in the order of the prompts (vLLM's ids begin with their number)."""
         return [self.evictions[key] for key in sorted(self.evictions, key=request_number)]
 
 
 def request_number(request_id: str) -> int:
     return int(request_id.split("-")[0])
+
+
+def evicting_requests(step: Any) -> set[str]:
+    return {request_id for evictions in step.evictions.values() for request_id in evictions}
 
 
 @contextmanager
@@ -117,11 +122,14 @@ def _follow(llm: Any) -> None:
     def following_schedule(*args: Any, **kwargs: Any) -> Any:
         output = schedule(*args, **kwargs)
         step = step_of(output)
-        for evictions in step.evictions.values() if step else ():
-            for request_id, blocks in evictions.items():
-                at = scheduler.requests[request_id].num_computed_tokens
-                at -= output.num_scheduled_tokens.get(request_id, 0)
-                llm.trace.evictions.setdefault(request_id, {})[at] = blocks
+        for request_id in evicting_requests(step) if step else ():
+            at = scheduler.requests[request_id].num_computed_tokens
+            at -= output.num_scheduled_tokens.get(request_id, 0)
+            groups = [of.get(request_id, []) for of in step.evictions.values()]
+            assert len(groups) == len(scheduler.kv_policy_managers), "all groups evict at once"
+            assert len({len(blocks) for blocks in groups}) == 1, "as many blocks in each"
+            blocks = groups if len(groups) > 1 else groups[0]
+            llm.trace.evictions.setdefault(request_id, {})[at] = blocks
         for request_id in output.num_scheduled_tokens:
             llm.trace.evictions.setdefault(request_id, {})
             for manager in getattr(scheduler, "kv_policy_managers", {}).values():

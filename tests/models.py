@@ -104,22 +104,23 @@ def make_neox(path: Path, **overrides: object) -> str:
     return str(path)
 
 
-def make_gemma(path: Path) -> str:
-    """A Gemma 3: layers with a sliding window of 64 tokens and one with full attention."""
+def make_gemma(path: Path, num_layers: int = 3) -> str:
+    """A Gemma 3: of three layers, two have a sliding window of 64 tokens and one full attention."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     config = Gemma3TextConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=3,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
         query_pre_attn_scalar=64,
         max_position_embeddings=8192,
         sliding_window=64,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+        * (num_layers // 3),
         initializer_range=0.08,
     )
     torch.manual_seed(0)

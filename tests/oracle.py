@@ -33,20 +33,24 @@ class Case:
     nf4: bool = False
     """Round the linear weights to NF4 and back, as the engine's were."""
     dtype: str = "float32"
-    forced: dict[int, list[int]] | None = None
+    forced: dict[int, list[Any]] | None = None
     """Apply these evictions and only say how far each is from the best choice."""
     eviction_delay: int = 0
     """Tokens after each eviction that still see the blocks: 1 under asynchronous scheduling."""
+    layer_groups: int = 1
+    """Equal shares of the layers, the first, the next and so on; each evicts for itself."""
 
 
 @dataclass
 class Verdict:
     """What should have happened."""
 
-    evictions: dict[int, list[int]] = field(default_factory=dict)
-    """Computed tokens at the eviction -> logical blocks evicted there."""
+    evictions: dict[int, list[Any]] = field(default_factory=dict)
+    """Computed tokens at the eviction -> logical blocks evicted there; with several groups of
+    layers a list of them for each."""
     margins: dict[int, float] = field(default_factory=dict)
-    """Computed tokens at the eviction -> least score kept minus greatest score evicted."""
+    """Computed tokens at the eviction -> least score kept minus greatest score evicted, in the
+    group where that is least."""
     greedy: list[int] = field(default_factory=list)
     """argmax after each generated position's predecessor."""
     logprobs: list[float] = field(default_factory=list)
@@ -96,10 +100,23 @@ class Layer:
 
 
 @dataclass
+class Group:
+    """Layers that evict for themselves."""
+
+    mask: Any
+    """``[total, total]``, what each token sees."""
+    alive: set[int] = field(default_factory=set)
+    """Full blocks that were not evicted."""
+    scores: dict[int, float] = field(default_factory=dict)
+    """Of the last eviction point."""
+
+
+@dataclass
 class Held:
-    """A request at an eviction point: what it holds, block by block."""
+    """A request at an eviction point: what its layers, of one group, hold, block by block."""
 
     oracle: Any
+    layers: list[Layer]
     blocks: list[int]
     """Full blocks that were not evicted."""
     point: int
@@ -112,7 +129,7 @@ class Held:
 
     def average(self, of_layer: Any) -> dict[int, float]:
         """Mean over layers of what a layer says about each block."""
-        of_layers = [of_layer(layer) for layer in self.oracle.calls]
+        of_layers = [of_layer(layer) for layer in self.layers]
         return {b: sum(float(of[b]) for of in of_layers) / len(of_layers) for b in self.blocks}
 
     def attention(self, layer: Layer, num_queries: int) -> Any:
@@ -273,15 +290,19 @@ class Oracle:
     def _attention(
         self, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any
     ) -> tuple[Any, None]:
-        visible = self.mask[: self.length, : self.length]
+        torch = self.torch
+        if self.masks and not kwargs.get("sliding_window"):
+            visible = self.masks[len(self.calls)][: self.length, : self.length]
+        else:
+            visible = torch.ones(self.length, self.length, dtype=torch.bool).tril()
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         if window := kwargs.get("sliding_window"):  # forgets by itself, under no policy
-            visible = self.torch.ones_like(visible).tril().triu(1 - window)
+            visible = visible.triu(1 - window)
         else:
             self.calls.append(Layer(query[0].float(), key[0].float(), value[0].float(), scale))
         if (sinks := kwargs.get("s_aux")) is not None:
             key, value, visible = self._with_sink(key, value, visible, sinks)
-        output = self.torch.nn.functional.scaled_dot_product_attention(
+        output = torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -304,23 +325,29 @@ class Oracle:
         verdict = Verdict()
         self.ids = ids = torch.tensor([case.token_ids])
         total, size = len(case.token_ids), case.block_size
-        self.mask = torch.ones(total, total, dtype=torch.bool).tril()
-        self.scores: dict[int, float] = {}
+        causal = torch.ones(total, total, dtype=torch.bool).tril()
+        groups = [Group(causal.clone()) for _ in range(case.layer_groups)]
         with torch.no_grad():
-            alive: set[int] = set()
+            self.masks = []
+            self._forward(ids, 1)
+            share = len(self.calls) // len(groups)
+            self.masks = [group.mask for group in groups for _ in range(share)]
+            assert len(self.masks) == len(self.calls)
             seen = 0
             for point in eviction_points(case):
-                alive |= set(range(seen, point // size))
+                for group in groups:
+                    group.alive |= set(range(seen, point // size))
                 seen = point // size
-                evicted, margin = self._choose(case, sorted(alive), point)
-                if not evicted:
+                evicted, margin = self._choose(case, groups, point)
+                if not any(evicted):
                     continue
-                verdict.evictions[point], verdict.margins[point] = evicted, margin
-                alive -= set(evicted)
-                for block in evicted:
-                    self.mask[point + case.eviction_delay :, block * size : (block + 1) * size] = (
-                        False
-                    )
+                verdict.evictions[point] = evicted if len(groups) > 1 else evicted[0]
+                verdict.margins[point] = margin
+                for group, blocks in zip(groups, evicted, strict=True):
+                    group.alive -= set(blocks)
+                    for block in blocks:
+                        hidden = slice(block * size, (block + 1) * size)
+                        group.mask[point + case.eviction_delay :, hidden] = False
             logprobs = torch.log_softmax(self._forward(ids, total).double(), -1)
         for position in range(1, total):
             row = logprobs[position - 1]
@@ -338,28 +365,39 @@ class Oracle:
         self.length = length
         return self.model(ids[:, :length], use_cache=False).logits[0]
 
-    def _choose(self, case: Case, alive: list[int], point: int) -> tuple[list[int], float]:
+    def _choose(self, case: Case, groups: list[Group], point: int) -> tuple[list[list[int]], float]:
+        """What each group evicts, and the least margin."""
         size = case.block_size
         num_sink = -(-case.sink_tokens // size)
         num_recent = -(-case.recent_tokens // size)
         num_selected = -(-case.selected_tokens // size)
-        forced = None if case.forced is None else case.forced.get(point, [])
-        excess = len(alive) - (num_sink + num_recent + num_selected)
+        held = [sorted(group.alive) for group in groups]
+        excess = len(held[0]) - (num_sink + num_recent + num_selected)
         if not case.bounded or excess <= 0:
-            return [], float("inf")
-        middle = alive[num_sink : len(alive) - num_recent]
+            return [[] for _ in groups], float("inf")
         if case.rule == "age":
-            return middle[:excess], float("inf")
+            return [alive[num_sink : num_sink + excess] for alive in held], float("inf")
         self._forward(self.ids, point)  # what was evicted before is masked by now
-        worth = RULES[case.rule](Held(self, alive, point, size, self.scores))
-        self.scores = worth
-        ranked = sorted((worth[block], block) for block in middle)
-        if forced is not None:
-            kept = [score for score, block in ranked if block not in forced]
-            gone = [score for score, block in ranked if block in forced]
-            return forced, min(kept) - max(gone)
-        margin = ranked[excess][0] - ranked[excess - 1][0] if excess < len(ranked) else float("inf")
-        return sorted(block for _, block in ranked[:excess]), margin
+        layers, share = list(self.calls), len(self.calls) // len(groups)
+        forced: list[Any] = [None] * len(groups)
+        if case.forced is not None:
+            of_point = case.forced.get(point, [])
+            forced = of_point if len(groups) > 1 else [of_point]
+        evicted, margin = [], float("inf")
+        for i, (group, alive) in enumerate(zip(groups, held, strict=True)):
+            of_group = layers[i * share : (i + 1) * share]
+            worth = RULES[case.rule](Held(self, of_group, alive, point, size, group.scores))
+            group.scores = worth
+            middle = alive[num_sink : len(alive) - num_recent]
+            ranked = sorted((worth[block], block) for block in middle)
+            gone = forced[i]
+            if gone is None:
+                gone = sorted(block for _, block in ranked[:excess])
+            kept_worth = [score for score, block in ranked if block not in gone]
+            gone_worth = [score for score, block in ranked if block in gone]
+            margin = min(margin, min(kept_worth, default=float("inf")) - max(gone_worth))
+            evicted.append(gone)
+        return evicted, margin
 
 
 def main() -> None:

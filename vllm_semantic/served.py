@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from .config import CONFIG_FLAG, POLICY_FLAG, check_block_size, check_number, make_policy
+from .layer_groups import LAYER_GROUPS, check_layer_groups
 from .policies import POLICIES, KVPolicy
 from .policies.base import SINK
 from .policies.check import PolicyError, build, check_policy, is_built_in
@@ -46,12 +47,16 @@ class ServedPolicies:
     """The largest budget that a request may ask for. ``None``: that of the server's own policy;
     0: a request may ask for nothing."""
 
+    layer_groups: int = 1
+    """Groups of layers that evict for themselves, each within the budget."""
+
     @classmethod
     def from_config(cls, config: object) -> ServedPolicies:
         """Read ``additional_config["kv_policy"]``.
 
         Args:
-            config: ``{"name": ..., "max_request_tokens": ..., **options}``, or just a name.
+            config: ``{"name": ..., "max_request_tokens": ..., "layer_groups": ..., **options}``,
+                or just a name.
 
         Raises:
             ValueError: another form, an unknown name or option, or a value out of range.
@@ -65,10 +70,11 @@ class ServedPolicies:
             )
         options = dict(config)
         name, largest = options.pop("name"), options.pop(MAX_REQUEST_TOKENS, None)
+        layer_groups = check_layer_groups(options.pop(LAYER_GROUPS, 1))
         default = make_policy(name, options)
         if largest is not None:
             check_number(f"{CONFIG_FLAG}.{MAX_REQUEST_TOKENS}", largest)
-        return cls(name, default, largest)
+        return cls(name, default, largest, layer_groups)
 
     def try_out(self, shape: AttentionShape) -> None:
         """Let a policy of somebody's own judge made-up blocks, with every word its options have.

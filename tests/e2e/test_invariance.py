@@ -16,11 +16,12 @@ from ..models import random_prompts
 from ..platforms import on_gpu, schedules_ahead
 
 OPTIONS = {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 128}
+GROUPS = OPTIONS | {"layer_groups": 2}
 LENGTHS = [1200, 40, 513, 512, 900, 250]
 PROMPTS = random_prompts(LENGTHS)
 PARAMS = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True, detokenize=False)
 
-Result = list[tuple[tuple[int, ...], dict[int, list[int]]]]
+Result = list[tuple[tuple[int, ...], dict[int, list[Any]]]]
 
 
 def run(llm: Any, prompts: list[Any]) -> Result:
@@ -63,15 +64,43 @@ def test_with_a_cached_prefix(alone: Result, llama: str) -> None:
         llama, policy="semantic", kv_policy_config=OPTIONS, enable_prefix_caching=True
     ) as llm:
         assert run(llm, PROMPTS) == alone
-        scheduler = scheduler_of(llm)
-        scheduler.kv_cache_manager.log_stats = True
-        scheduler.kv_cache_manager.make_prefix_cache_stats()
-        scheduler.kv_cache_manager.make_prefix_cache_stats()
+        assert_hits_up_to_the_first_eviction(llm, alone)
+
+
+def assert_hits_up_to_the_first_eviction(llm: Any, alone: Result) -> None:
+    """Prompts served for the second time find every exact block."""
+    manager = scheduler_of(llm).kv_cache_manager
+    manager.log_stats = True
+    manager.make_prefix_cache_stats()
+    manager.make_prefix_cache_stats()
+    assert run(llm, PROMPTS) == alone
+    # Exact blocks are those before the first eviction, whose own query is computed anew.
+    exact = [min(512, n) - 1 if n > 288 else n - 1 for n in LENGTHS]
+    assert manager.make_prefix_cache_stats().hits == sum(n // 32 * 32 for n in exact)
+
+
+def test_in_groups_of_layers(llama: str) -> None:
+    """Each half of the layers evicts what it does alone: in a batch, cached, after a preemption."""
+    with engine(llama, policy="semantic", kv_policy_config=GROUPS) as llm:
+        alone = [run(llm, [prompt])[0] for prompt in PROMPTS]
         assert run(llm, PROMPTS) == alone
-        stats = scheduler.kv_cache_manager.make_prefix_cache_stats()
-        # Exact blocks are those before the first eviction, whose own query is computed anew.
-        exact = [min(512, n) - 1 if n > 288 else n - 1 for n in LENGTHS]
-        assert stats.hits == sum(n // 32 * 32 for n in exact)
+    assert any(first != second for _, evicted in alone for first, second in evicted.values())
+    with engine(
+        llama, policy="semantic", kv_policy_config=GROUPS, enable_prefix_caching=True
+    ) as llm:
+        assert run(llm, PROMPTS) == alone
+        assert_hits_up_to_the_first_eviction(llm, alone)
+    # A block of a group is half as large: the same memory as below.
+    num_blocks = 2 * (42 if schedules_ahead() else 34)
+    with engine(
+        llama,
+        policy="semantic",
+        kv_policy_config=GROUPS,
+        num_gpu_blocks_override=num_blocks,
+        enable_prefix_caching=True,
+    ) as llm:
+        assert run(llm, PROMPTS) == alone
+        assert llm.trace.num_preemptions > 0
 
 
 def test_a_cached_prefix_of_a_hybrid_model(gemma: str) -> None:

@@ -94,7 +94,7 @@ def test_log_lines_explain_a_request(llama: str) -> None:
         for (at, blocks), line in zip(points.items(), evictions, strict=True):
             point = at - manager_of(llm).eviction_delay
             start = f"KV policy semantic: request {request_id} at token {point} evicts blocks "
-            assert line.startswith(f"{start}{blocks}; scores ")
+            assert line.startswith(f"{start}{blocks} of KV cache group 0; scores ")
             scores = dict(pair.split(": ") for pair in line.split("; scores ")[1].split(", "))
             candidates = sorted(scores, key=lambda block: float(scores[block]))
             assert {int(block) for block in candidates[: len(blocks)]} == set(blocks)
@@ -103,5 +103,5 @@ def test_log_lines_explain_a_request(llama: str) -> None:
         assert total == (
             f"KV policy semantic: request {request_id} finished with 700 prompt and 70 output "
             f"tokens: {num_evicted} blocks evicted, {-(-769 // 32) - num_evicted} held, "
-            f"{num_scored} scored"
+            f"{num_scored} scored in KV cache group 0"
         )

@@ -27,8 +27,16 @@ RULES: dict[str, dict[str, Any]] = {
     for name in ("h2o", "tova", "snapkv", "paged_eviction", "knorm", "keydiff", "quest", "ucm")
 }
 
+GROUPS: dict[str, dict[str, Any]] = {
+    "semantic, in 2 groups": POLICIES["semantic"] | {"layer_groups": 2},
+}
+"""Each half of the layers for itself."""
+
+OPTIONS = POLICIES | RULES | GROUPS
+
 OTHER_LAYERS = {
     "gemma": "SlidingWindowSpec",
+    "gemma_of_six": "SlidingWindowSpec",
     "gpt_oss": "SlidingWindowSpec",
     "granite_hybrid": "MambaSpec",
 }
@@ -39,7 +47,7 @@ OTHER_LAYERS = {
 TOLERANCE = 2**-24 * 256 * 2 * 16
 
 
-Run = tuple[Case, dict[int, list[int]], Any]
+Run = tuple[Case, dict[int, list[Any]], Any]
 """What one request was, evicted and answered."""
 
 
@@ -78,6 +86,25 @@ def test_rules_of_the_field_agree_with_oracle(rule: str, llama: str) -> None:
         assert_agree(generate(llm, llama, rule, random_prompts([700, 330]), 150))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "block_size"), [("llama", 32), ("neox", 64), ("gemma_of_six", 32)]
+)
+def test_groups_of_layers_agree_with_oracle(
+    architecture: str, block_size: int, request: pytest.FixtureRequest
+) -> None:
+    """Half of the layers hold other blocks than the rest, also beside layers with a window."""
+    model = request.getfixturevalue(architecture)
+    runs: list[Run] = []
+    for policy in GROUPS:
+        with start(model, policy, block_size=block_size) as llm:
+            assert_only_full_attention(llm, OTHER_LAYERS.get(architecture))
+            assert len(scheduler_of(llm).kv_policy_managers) == 2
+            runs += generate(llm, model, policy, random_prompts([600, 330]), 100)
+    assert_agree(runs)
+    chosen = [groups for _, trace, _ in runs for groups in trace.values()]
+    assert sum(first != second for first, second in chosen) > 4
+
+
 def test_chunk_sizes_agree_with_oracle(llama: str) -> None:
     """Whatever a step takes of a prompt: less than a budget, more, not whole blocks, all of it."""
     runs: list[Run] = []
@@ -109,7 +136,7 @@ def test_prompt_logprobs_agree_with_oracle(llama: str) -> None:
 
 def start(model: str, policy: str, **engine_args: Any) -> AbstractContextManager[Any]:
     """An engine under one of the policies above."""
-    options = (POLICIES | RULES)[policy]
+    options = OPTIONS[policy]
     name = policy.partition(",")[0]
     return engine(model, policy=name, kv_policy_config=options, **engine_args)
 
@@ -140,7 +167,7 @@ def generate(
             block_size=config.cache_config.block_size,
             prefill_interval=config.scheduler_config.max_num_batched_tokens,
             eviction_delay=eviction_delay(),
-            **case_options(policy.partition(",")[0], (POLICIES | RULES)[policy]),
+            **case_options(policy.partition(",")[0], OPTIONS[policy]),
         )
         for output in outputs
     ]
@@ -173,7 +200,7 @@ def assert_only_full_attention(llm: Any, other_layers: str | None) -> None:
     assert kinds == {"SemanticSpec"} | ({other_layers} if other_layers else set())
 
 
-def assert_agrees(case: Case, trace: dict[int, list[int]], answer: Any, verdict: Any) -> None:
+def assert_agrees(case: Case, trace: dict[int, list[Any]], answer: Any, verdict: Any) -> None:
     assert trace, "nothing was evicted: the case shows nothing"
     total, delay = len(case.token_ids), case.eviction_delay
     shown = {at + delay: gone for at, gone in verdict.evictions.items() if at + delay < total}

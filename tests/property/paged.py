@@ -7,6 +7,7 @@ token and the scores of its blocks. So whatever depends on anything else is a bu
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -46,19 +47,22 @@ class Tokens:
     def first(self, length: int) -> list[int]:
         return [self[i] for i in range(length)]
 
-    def score(self, num_tokens: int, block: int) -> float:
-        """Similarity of a block to the newest query; few values, so that ties are common."""
-        return float(hash((self.prefix(num_tokens - 1), block)) % 7)
+    def score(self, num_tokens: int, block: int, group: int = 0) -> float:
+        """Similarity of a block to the newest query in the layers of a group; few values, so that
+        ties are common."""
+        return float(hash((self.prefix(num_tokens - 1), block, group)) % 7)
 
 
 @dataclass
 class ExpectedEvictions:
-    """What a request alone evicts, computed from its beginning with plain sets."""
+    """What a request alone evicts in a group of layers, computed from its beginning with plain
+    sets."""
 
     tokens: Tokens
     policy: KVPolicy
     block_size: int
     prefill_interval: int
+    group: int = 0
     alive: set[int] = field(default_factory=set)
     num_tokens: int = 0
     evictions: dict[int, list[int]] = field(default_factory=dict)
@@ -96,7 +100,9 @@ class ExpectedEvictions:
         if len(self.alive) > sink + recent + selected:
             # What a policy remembers of earlier points: only those at which blocks had to go.
             left = {b: self.policy.decay * score for b, score in self.scores.items()}
-            self.scores = {b: self.tokens.score(n, b) + left.get(b, 0.0) for b in blocks}
+            self.scores = {
+                b: self.tokens.score(n, b, self.group) + left.get(b, 0.0) for b in blocks
+            }
         while len(self.alive) > sink + recent + selected:
             worst = min(middle, key=lambda b: (self.scores[b] if selected else 0, b))
             middle.remove(worst)
@@ -110,37 +116,51 @@ class Slot(NamedTuple):
     """What a token left in the cache."""
 
     prefix: int
-    gone: frozenset[int]
-    """Blocks of its request that it could not see. Empty: exact."""
+    gone: frozenset[tuple[int, int]]
+    """Groups and blocks of its request that it could not see. Empty: exact."""
+    group: int = 0
+    """Of the layers that it is a key of."""
 
 
 class PagedWorker:
-    """Does with a scheduler's output what the workers do, and checks every read and write."""
+    """Does with a scheduler's output what the workers do, and checks every read and write.
+
+    Layers are in groups; block tables, and what is gone, are lists with one for each.
+    """
 
     def __init__(
-        self, block_size: int, num_queries: int, max_num_reqs: int, max_num_blocks: int
+        self,
+        block_size: int,
+        num_queries: int,
+        max_num_reqs: int,
+        max_num_blocks: int,
+        num_groups: int,
     ) -> None:
         self.block_size = block_size
         self.windows = QueryWindows(num_queries, max_num_reqs)
-        self.held = HeldBlocks(max_num_reqs, max_num_blocks, block_size, 1)
+        self.groups = range(num_groups)
+        self.held = [HeldBlocks(max_num_reqs, max_num_blocks, block_size, 1) for _ in self.groups]
         self.queries: dict[int, tuple[str, int]] = {}
         """Row of the query buffers -> request and position."""
         self.cache: dict[int, dict[int, Slot]] = {}
-        self.rows: dict[str, list[int]] = {}
-        self.gone: dict[str, set[int]] = {}
+        self.rows: dict[str, list[list[int]]] = {}
+        self.gone: dict[str, list[set[int]]] = {}
 
     def execute(self, output: Any, requests: dict[str, Tokens]) -> ModelRunnerOutput:
         step = step_of(output) or KVPolicyStep()
         gone = output.finished_req_ids | (output.preempted_req_ids or set())
         self.windows.forget(gone)
-        self.held.forget(gone)
+        for held in self.held:
+            held.forget(gone)
         self._apply_evictions(step)
         spans = self._update_rows(output, requests)
-        self._check_held({request_id: end for request_id, (_, end, _) in spans.items()})
-        for request_id, (start, end, _) in spans.items():
-            self._write(request_id, requests[request_id], start, end)
-        for request_id, (_, end, _) in spans.items():
-            self._read(request_id, requests[request_id], end)
+        for group in self.groups:
+            self._check_held(group, {r: end for r, (_, end, _) in spans.items()})
+            for request_id, (start, end, _) in spans.items():
+                self._write(group, request_id, requests[request_id], start, end)
+        for group in self.groups:
+            for request_id, (_, end, _) in spans.items():
+                self._read(group, request_id, requests[request_id], end)
         if step.keeps_queries:
             kept = {r: (start, end) for r, (start, end, _) in spans.items()}
             self._keep_queries(step.keeps_queries, kept)
@@ -153,21 +173,28 @@ class PagedWorker:
             ],
         )
         if step.score_requests:
-            asked = step.score_requests[0]
-            scores = {r: self._score(asked[r], r, requests[r], spans[r][1]) for r in asked}
-            attach_scores(result, {0: scores})
+            assert [*step.score_requests] == [*self.groups], "all groups are asked at once"
+            scores = {
+                group: {
+                    r: self._score(group, of, r, requests[r], spans[r][1])
+                    for r, of in asked.items()
+                }
+                for group, asked in step.score_requests.items()
+            }
+            assert len({tuple(of_group) for of_group in scores.values()}) == 1
+            attach_scores(result, scores)
         return result
 
-    def _check_held(self, seq_lens: dict[str, int]) -> None:
+    def _check_held(self, group: int, seq_lens: dict[str, int]) -> None:
         """The kernels get every block that a request holds, in order, and no other."""
-        held = self.held.rows(list(seq_lens), np.array(list(seq_lens.values())))
+        held = self.held[group].rows(list(seq_lens), np.array(list(seq_lens.values())))
         if held is None:
-            assert not any(self.gone[request_id] for request_id in seq_lens)
+            assert not any(self.gone[request_id][group] for request_id in seq_lens)
             return
         for request_id, columns, evicted in zip(
             seq_lens, held.columns, held.evicted_tokens, strict=True
         ):
-            row, num_tokens = self.rows[request_id], seq_lens[request_id] - evicted
+            row, num_tokens = self.rows[request_id][group], seq_lens[request_id] - evicted
             kept = [i for i, block_id in enumerate(row) if block_id]
             num_kept = -(-num_tokens // self.block_size)
             assert columns[:num_kept].tolist() == kept[:num_kept]
@@ -193,14 +220,15 @@ class PagedWorker:
         assert self.windows.newest_row(request_id, end) == rows[-1]
 
     def _apply_evictions(self, step: KVPolicyStep) -> None:
-        for request_id, blocks in step.evictions.get(0, {}).items():
-            row = self.rows[request_id]
-            assert blocks == sorted(set(blocks))
-            for block in blocks:
-                assert row[block] != 0, f"{request_id}: block {block} evicted twice"
-                row[block] = 0
-            self.gone[request_id] |= set(blocks)
-            self.held.evict(request_id, blocks)
+        for group, evictions in step.evictions.items():
+            for request_id, blocks in evictions.items():
+                row = self.rows[request_id][group]
+                assert blocks == sorted(set(blocks))
+                for block in blocks:
+                    assert row[block] != 0, f"{request_id}: block {block} evicted twice"
+                    row[block] = 0
+                self.gone[request_id][group] |= set(blocks)
+                self.held[group].evict(request_id, blocks)
 
     def _update_rows(
         self, output: Any, requests: dict[str, Tokens]
@@ -211,16 +239,17 @@ class PagedWorker:
             self.rows.pop(request_id, None)
             self.gone.pop(request_id, None)
         for new in output.scheduled_new_reqs:
-            self.rows[new.req_id] = list(new.block_ids[0])
-            self.gone[new.req_id] = set()
+            self.rows[new.req_id] = [list(block_ids) for block_ids in new.block_ids]
+            self.gone[new.req_id] = [set() for _ in self.groups]
             spans[new.req_id] = (new.num_computed_tokens, len(requests[new.req_id].prompt))
         cached = output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
-            new_block_ids = list(cached.new_block_ids[i][0]) if cached.new_block_ids[i] else []
+            new_block_ids = cached.new_block_ids[i] or [[] for _ in self.groups]
             if request_id in cached.resumed_req_ids:
-                self.rows[request_id], self.gone[request_id] = new_block_ids, set()
-            else:
-                self.rows[request_id] += new_block_ids
+                self.rows[request_id] = [[] for _ in self.groups]
+                self.gone[request_id] = [set() for _ in self.groups]
+            for row, more in zip(self.rows[request_id], new_block_ids, strict=True):
+                row += more
             known = len(requests[request_id].prompt) + cached.num_output_tokens[i]
             spans[request_id] = (cached.num_computed_tokens[i], known)
         assert spans.keys() == output.num_scheduled_tokens.keys()
@@ -229,26 +258,35 @@ class PagedWorker:
             for request_id, (start, known) in spans.items()
         }
 
-    def _write(self, request_id: str, tokens: Tokens, start: int, end: int) -> None:
-        gone = frozenset(self.gone[request_id])
+    def gone_anywhere(self, request_id: str) -> frozenset[tuple[int, int]]:
+        """Groups and blocks that a request has lost."""
+        return frozenset(
+            (group, block) for group in self.groups for block in self.gone[request_id][group]
+        )
+
+    def _write(self, group: int, request_id: str, tokens: Tokens, start: int, end: int) -> None:
+        gone = self.gone_anywhere(request_id)
         for position in range(start, end):
-            block_id = self.rows[request_id][position // self.block_size]
+            block_id = self.rows[request_id][group][position // self.block_size]
             assert block_id != 0, f"{request_id}: token {position} has no block"
             slots = self.cache.setdefault(block_id, {})
-            slots[position % self.block_size] = Slot(tokens.prefix(position), gone)
+            slots[position % self.block_size] = Slot(tokens.prefix(position), gone, group)
 
-    def _read(self, request_id: str, tokens: Tokens, end: int) -> None:
-        row = self.rows[request_id]
+    def _read(self, group: int, request_id: str, tokens: Tokens, end: int) -> None:
+        row = self.rows[request_id][group]
         holes = {i for i, block_id in enumerate(row) if block_id == 0}
-        assert holes == self.gone[request_id]
+        assert holes == self.gone[request_id][group]
         for position in range(end):
             block_id = row[position // self.block_size]
             if block_id:
                 slot = self.cache[block_id][position % self.block_size]
                 assert slot.prefix == tokens.prefix(position), f"{request_id} reads another's key"
+                assert slot.group == group, f"{request_id} reads other layers' keys"
 
-    def _score(self, asked: Any, request_id: str, tokens: Tokens, end: int) -> list[float]:
-        row = self.rows[request_id]
+    def _score(
+        self, group: int, asked: Any, request_id: str, tokens: Tokens, end: int
+    ) -> list[float]:
+        row = self.rows[request_id][group]
         assert asked.block_indices == sorted(set(asked.block_indices))
         filling = [end // self.block_size] if end % self.block_size else []
         assert [row[i] for i in asked.block_indices + filling] == asked.block_ids
@@ -256,13 +294,13 @@ class PagedWorker:
         held = [i for i in range(end // self.block_size) if row[i]]
         assert asked.block_indices == held, "every full block that is held"
         self._check_window(request_id, end, asked.policy.num_queries)
-        return [tokens.score(end, i) for i in asked.block_indices]
+        return [tokens.score(end, i, group) for i in asked.block_indices]
 
     def slots_of(self, request_id: str, end: int) -> list[tuple[int, Slot]]:
-        """Position and slot of each token that the request still sees."""
-        row = self.rows[request_id]
+        """Position and slot of each token that the request still sees, in any group."""
         return [
             (position, self.cache[row[position // self.block_size]][position % self.block_size])
+            for row in self.rows[request_id]
             for position in range(end)
             if row[position // self.block_size]
         ]
@@ -271,17 +309,21 @@ class PagedWorker:
 class PrefixOfHash:
     """Which prefix a block hash of vLLM stands for."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, num_groups: int = 1) -> None:
         self.block_size = block_size
-        self.prefix_of: dict[bytes, int] = {}
+        self.groups = range(num_groups)
+        self.prefix_of: dict[bytes, tuple[int, int]] = {}
 
     def learn(self, request: Any, tokens: Tokens) -> None:
         for i, block_hash in enumerate(request.block_hashes):
-            key = make_block_hash_with_group_id(block_hash, 0)
-            self.prefix_of[key] = tokens.prefix((i + 1) * self.block_size - 1)
+            prefix = tokens.prefix((i + 1) * self.block_size - 1)
+            for group in self.groups:
+                key = make_block_hash_with_group_id(block_hash, group)
+                self.prefix_of[key] = prefix, group
 
     def check_cached_blocks(self, pool: Any, cache: dict[int, dict[int, Slot]]) -> int:
-        """Every block in the prefix cache is full, exact and of the prefix it is filed under."""
+        """Every block in the prefix cache is full, exact, and of the prefix and layers it is filed
+        under."""
         num_cached = 0
         for block in pool.blocks:
             if block.block_hash is None:
@@ -290,11 +332,12 @@ class PrefixOfHash:
             slots = cache[block.block_id]
             assert len(slots) == self.block_size
             assert not any(slot.gone for slot in slots.values()), "an inexact block is shared"
-            assert slots[self.block_size - 1].prefix == self.prefix_of[block.block_hash]
+            last = slots[self.block_size - 1]
+            assert (last.prefix, last.group) == self.prefix_of[block.block_hash]
         return num_cached
 
 
-def check_pool(pool: Any, tables: dict[str, list[Any]]) -> None:
+def check_pool(pool: Any, tables: Mapping[Any, list[Any]]) -> None:
     """free + referenced + null = total, and reference counts are those of the tables."""
     references = Counter(
         block.block_id for table in tables.values() for block in table if not block.is_null

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -125,29 +126,34 @@ class SchedulerMachine(RuleBasedStateMachine):
         full = FullAttentionSpec(
             block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
         )
+        self.groups = range(data.draw(st.sampled_from([1, 2])))
         self.spec = semantic_spec(full, self.served, vllm_config)
+        specs = [replace(self.spec, layer_group=group) for group in self.groups]
         most = -(-MAX_MODEL_LEN // BLOCK_SIZE)
         # What vLLM's start-up check asks for is enough; more is drawn.
         least = min(self.spec.max_admission_blocks or most, most)
-        num_blocks = least + data.draw(st.integers(1, most))
+        num_blocks = least * len(self.groups) + data.draw(st.integers(1, most))
         ours = resolve_obj_by_qualname(SCHEDULERS[self.asynchronous])
-        self.scheduler = make_scheduler(ours, vllm_config, self.spec, num_blocks)
-        self.manager = self.scheduler.kv_policy_managers[0]
+        self.scheduler = make_scheduler(ours, vllm_config, specs, num_blocks)
+        self.managers = self.scheduler.kv_policy_managers
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.stock = None
         if self.policies is AMPLE:
             stock = AsyncScheduler if self.asynchronous else Scheduler
-            self.stock = make_scheduler(stock, vllm_config, full, num_blocks)
+            self.stock = make_scheduler(stock, vllm_config, [full for _ in specs], num_blocks)
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(BLOCK_SIZE, sha256) if self.caching else None
-        self.worker = PagedWorker(BLOCK_SIZE, self.served.num_queries, MAX_REQUESTS, least)
-        self.hashes = PrefixOfHash(BLOCK_SIZE)
+        self.worker = PagedWorker(
+            BLOCK_SIZE, self.served.num_queries, MAX_REQUESTS, least, len(self.groups)
+        )
+        self.hashes = PrefixOfHash(BLOCK_SIZE, len(self.groups))
         self.in_flight: deque[tuple[Any, Any, Any]] = deque()
         self.tokens: dict[str, Tokens] = {}
         self.requests: dict[str, Request] = {}
-        self.expected: dict[str, ExpectedEvictions] = {}
-        self.evicted: dict[str, dict[int, list[int]]] = {}
-        """Of each request since it last started over: computed tokens -> logical blocks."""
+        self.expected: dict[str, list[ExpectedEvictions]] = {}
+        self.evicted: dict[str, list[dict[int, list[int]]]] = {}
+        """Of each request since it last started over, in each group: computed tokens -> logical
+        blocks."""
 
     # -- what users do -----------------------------------------------------------------
 
@@ -164,7 +170,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens = data.draw(st.integers(1, MAX_MODEL_LEN - length))
         request_id = f"r{len(self.tokens)}"
         self.tokens[request_id] = Tokens(prompt)
-        self.evicted[request_id] = {}
+        self.evicted[request_id] = [{} for _ in self.groups]
         asked = data.draw(st.sampled_from(ASKED)) if self.policies is TIGHT else None
         policy = self.served.default
         if asked is not None:
@@ -173,9 +179,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             except ValueError:
                 asked = None
         self.seen["policies of their own"] += policy != self.served.default
-        self.expected[request_id] = ExpectedEvictions(
-            self.tokens[request_id], policy, BLOCK_SIZE, self.tokens_per_step
-        )
+        self.expected[request_id] = [
+            ExpectedEvictions(
+                self.tokens[request_id], policy, BLOCK_SIZE, self.tokens_per_step, group
+            )
+            for group in self.groups
+        ]
         params = SamplingParams(
             max_tokens=max_tokens,
             temperature=0,
@@ -258,7 +267,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 break
             self.run(1)
         assert not self.scheduler.requests, "requests starve"
-        assert self.manager.stats.fallbacks == 0
+        assert not any(manager.stats.fallbacks for manager in self.managers.values())
         while self.in_flight:
             self._settle_oldest()
         for request_id, request in self.requests.items():
@@ -267,7 +276,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert outputs == self.tokens[request_id].first(start + len(outputs))[start:]
             if request.status != RequestStatus.FINISHED_ABORTED:
                 assert len(outputs) == request.max_tokens
-        check_pool_whole(self.manager)
+        for manager in self.managers.values():
+            check_pool_whole(manager)
         for scheduler in filter(None, (self.stock, self.scheduler)):
             scheduler.shutdown()
 
@@ -277,20 +287,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Note what was evicted, and that it was allowed to be."""
         step = step_of(output)
         resumed = output.scheduled_cached_reqs.resumed_req_ids
-        for request_id, blocks in (step.evictions.get(0, {}) if step else {}).items():
+        evictions = step.evictions if step else {}
+        assert len({tuple(of_group) for of_group in evictions.values()}) <= 1, "all groups at once"
+        assert len(evictions) in (0, len(self.groups))
+        for group, request_id, blocks in [
+            (group, *of) for group, of_group in evictions.items() for of in of_group.items()
+        ]:
             assert self.requests[request_id].status == RequestStatus.RUNNING
             assert request_id not in resumed
             at = self.start_of(request_id, output) - self.spec.eviction_delay
             assert at <= self.processed(request_id), "a step in flight reads these blocks"
-            budget = self.expected[request_id].policy.budget(BLOCK_SIZE)
-            kept = sorted(set(range(at // BLOCK_SIZE)) - self.gone(request_id))
+            budget = self.expected[request_id][group].policy.budget(BLOCK_SIZE)
+            kept = sorted(set(range(at // BLOCK_SIZE)) - self.gone(request_id, group))
             protected = kept[: budget.sink] + kept[len(kept) - budget.recent :]
             assert not set(blocks) & set(protected)
             assert set(blocks) <= set(kept), "evicted twice, or not full"
-            self.evicted[request_id][at] = blocks
+            self.evicted[request_id][group][at] = blocks
             self.seen["evictions"] += 1
+            self.seen["groups that differ"] += blocks != evictions[0][request_id]
         for request_id in resumed:
-            self.evicted[request_id] = {}
+            self.evicted[request_id] = [{} for _ in self.groups]
         self.seen["steps"] += 1
         self.seen["resumed"] += len(resumed)
         self.seen["resumed with a hit"] += sum(
@@ -314,40 +330,55 @@ class SchedulerMachine(RuleBasedStateMachine):
         # Both counters have been advanced by the step's tokens.
         return request.num_computed_tokens - request.num_in_flight_tokens
 
-    def gone(self, request_id: str) -> set[int]:
-        return {i for blocks in self.evicted[request_id].values() for i in blocks}
+    def gone(self, request_id: str, group: int) -> set[int]:
+        return {i for blocks in self.evicted[request_id][group].values() for i in blocks}
 
     def check(self) -> None:
-        tables = dict(self.manager.req_to_blocks)
+        tables = {
+            (group, request_id): table
+            for group, manager in self.managers.items()
+            for request_id, table in manager.req_to_blocks.items()
+        }
         check_pool(self.pool, tables)
-        for request_id in tables:
+        for _, request_id in tables:
             assert request_id in self.scheduler.requests
-        for request_id, state in self.manager._requests.items():
-            assert request_id in tables
-            assert state.kept == sorted(set(state.kept))
-        # Scheduling ahead, one step is scheduled between scores and the eviction that uses them.
-        assert min(self.manager.stats.score_ages, default=2) >= 1 + self.asynchronous
+        for group, manager in self.managers.items():
+            for request_id, state in manager._requests.items():
+                assert (group, request_id) in tables
+                assert state.kept == sorted(set(state.kept))
+            # Scheduling ahead, a step is scheduled between scores and the eviction they are for.
+            assert min(manager.stats.score_ages, default=2) >= 1 + self.asynchronous
+        first, *others = (manager.stats for manager in self.managers.values())
+        for stats in others:
+            assert stats.evicted_blocks == first.evicted_blocks
+            assert (stats.evictions, stats.evicting_requests) == (0, 0), "counted once"
         for request_id, tokens in self.tokens.items():
             self.hashes.learn(self.requests[request_id], tokens)
         self.hashes.check_cached_blocks(self.pool, self.worker.cache)
 
     def check_step(self, output: Any) -> None:
         for request_id in output.num_scheduled_tokens:
-            table = self.manager.req_to_blocks[request_id]
-            assert [block.block_id for block in table] == self.worker.rows[request_id]
-            held = sum(not block.is_null for block in table)
-            assert held == self.manager.num_kept_blocks(request_id)
-            most = self.spec.admission_blocks(self.expected[request_id].policy)
-            if most is not None:
-                assert held <= most
             delay = self.spec.eviction_delay
             start = self.start_of(request_id, output)
-            due = self.expected[request_id].until(max(0, start - delay))
-            assert self.evicted[request_id] == due, request_id
+            expected = self.expected[request_id]
+            for group, manager in self.managers.items():
+                table = manager.req_to_blocks[request_id]
+                row = self.worker.rows[request_id][group]
+                assert [block.block_id for block in table] == row
+                held = sum(not block.is_null for block in table)
+                assert held == manager.num_kept_blocks(request_id)
+                most = self.spec.admission_blocks(expected[group].policy)
+                if most is not None:
+                    assert held <= most
+                due = expected[group].until(max(0, start - delay))
+                assert self.evicted[request_id][group] == due, request_id
             # Nor does it matter how the prompt was cut into chunks, or when scores came.
             end = self.requests[request_id].num_computed_tokens
             for position, slot in self.worker.slots_of(request_id, end):
-                assert slot.gone == self.expected[request_id].gone_at(max(0, position - delay))
+                seen_from = max(0, position - delay)
+                assert slot.gone == {
+                    (of.group, block) for of in expected for block in of.gone_at(seen_from)
+                }
 
     def check_like_stock(self, output: Any, stock: Any) -> None:
         """With an ample budget, every decision is the one of vLLM without a policy."""
@@ -361,7 +392,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert output.scheduled_cached_reqs == stock.scheduled_cached_reqs
         assert output.finished_req_ids == stock.finished_req_ids
         assert step_of(output) is None
-        assert self.manager.stats.evicted_blocks == 0
+        assert not any(manager.stats.evicted_blocks for manager in self.managers.values())
 
 
 @pytest.mark.parametrize("policies", [TIGHT, AMPLE], ids=["tight", "ample"])
@@ -373,7 +404,7 @@ def test_schedulers(asynchronous: bool, policies: list[dict[str, Any]], llama: s
     common = {"steps": 5000, "hits": 50, "resumed": 50, "resumed with a hit": 5}
     common["aborted in flight"] = 20
     if policies is TIGHT:
-        common |= {"evictions": 2000, "policies of their own": 100}
+        common |= {"evictions": 2000, "policies of their own": 100, "groups that differ": 100}
         if asynchronous:
             common["stale scores"] = 20
     assert all(seen[what] >= least for what, least in common.items()), seen

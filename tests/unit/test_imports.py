@@ -17,6 +17,7 @@ from ..platforms import stock_block_size
 PURE_PACKAGES = [
     "vllm_semantic",
     "vllm_semantic.config",
+    "vllm_semantic.layer_groups",
     "vllm_semantic.messages",
     "vllm_semantic.served",
     "vllm_semantic.frontend",

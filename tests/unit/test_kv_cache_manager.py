@@ -50,7 +50,7 @@ def test_one_block_asks_once_or_twice(
         block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
     )
     spec = semantic_spec(full, ServedPolicies.from_config(policy), config)
-    scheduler = make_scheduler(resolve_obj_by_qualname(SCHEDULERS[False]), config, spec, 64)
+    scheduler = make_scheduler(resolve_obj_by_qualname(SCHEDULERS[False]), config, [spec], 64)
     asked = 0
     allocate_slots = KVCacheManager.allocate_slots
 

@@ -437,7 +437,8 @@ def test_a_score_is_not_switched_off_by_a_default(write: Write) -> None:
 
 def test_reserved_names_are_those_that_are_read() -> None:
     named = {"name", "bounded", "choices"}
-    assert set(RESERVED) == named | {served.PIN, served.PIN_TOKENS, served.MAX_REQUEST_TOKENS}
+    options = {served.MAX_REQUEST_TOKENS, served.LAYER_GROUPS}
+    assert set(RESERVED) == named | {served.PIN, served.PIN_TOKENS} | options
 
 
 # -- returns, where the engine calls ---------------------------------------------------

@@ -141,6 +141,21 @@ def test_an_operator_may_allow_nothing() -> None:
     assert served.rules == (SemanticPolicy(),)
 
 
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2", True, None])
+def test_layers_are_in_a_number_of_groups(value: object) -> None:
+    message = r"--kv-policy-config.layer_groups .* is not a number of groups; allowed: integers"
+    with pytest.raises(ValueError, match=message):
+        ServedPolicies.from_config({"name": "semantic", "layer_groups": value})
+
+
+def test_a_request_has_no_layer_groups_of_its_own() -> None:
+    served = ServedPolicies.from_config({"name": "semantic", "layer_groups": 3})
+    assert served.layer_groups == 3
+    assert choose(served, {}) == SemanticPolicy()
+    with pytest.raises(ValueError, match=r"kv_policy.layer_groups is not an option"):
+        choose(served, {"layer_groups": 2})
+
+
 @pytest.mark.parametrize("value", [-1, 1.5, "9", True, 2**31])
 def test_the_largest_budget_is_a_number_of_tokens(value: object) -> None:
     message = r"--kv-policy-config.max_request_tokens .* is not a number of tokens; allowed: int"

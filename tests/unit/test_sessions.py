@@ -63,7 +63,7 @@ def session(llama: str, interrupted_at: int | None) -> tuple[dict[int, list[int]
     )
     policy = {"name": "semantic", "sink_tokens": 4, "recent_tokens": 4, "semantic_tokens": 8}
     spec = semantic_spec(full, ServedPolicies.from_config(policy), config)
-    scheduler = make_scheduler(resolve_obj_by_qualname(SCHEDULERS[False]), config, spec, 64)
+    scheduler = make_scheduler(resolve_obj_by_qualname(SCHEDULERS[False]), config, [spec], 64)
     params = SamplingParams(max_tokens=ANSWERS, temperature=0, ignore_eos=True)
     request = Request("s", [7] * TURNS[0], params, None, resumable=True)
     scheduler.add_request(request)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     SlidingWindowManager,
@@ -21,14 +22,17 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
+    KVCacheGroupSpec,
     KVCacheSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
 )
+from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_semantic.engine.manager import SemanticManager
-from vllm_semantic.engine.spec import SemanticSpec, semantic_spec
+from vllm_semantic.engine.spec import SemanticSpec, semantic_spec, semantic_specs
 from vllm_semantic.policies import FullPolicy, KVPolicy, SemanticPolicy, StreamingPolicy
 from vllm_semantic.served import ServedPolicies
 
@@ -135,6 +139,74 @@ def test_a_layer_with_a_window_does_not_join_the_group(window: dict[str, int]) -
     windowed = replace(FULL_ATTENTION, **window)
     with pytest.raises(ValueError, match="--disable-hybrid-kv-cache-manager"):
         SemanticSpec.merge([under(SemanticPolicy()), windowed])
+
+
+def layers(num_layers: int) -> dict[str, KVCacheSpec]:
+    return {f"layers.{i}.attn": FULL_ATTENTION for i in range(num_layers)}
+
+
+def groups_of(specs: dict[str, KVCacheSpec], num_groups: int) -> list[KVCacheGroupSpec]:
+    """What vLLM makes of a model's layers."""
+    policy = SemanticPolicy()
+    served = ServedPolicies(policy.name, policy, layer_groups=num_groups)
+    config = sizes()
+    config.scheduler_config.disable_hybrid_kv_cache_manager = False
+    config.attention_config = SimpleNamespace(hisparse_config=None)
+    config.cache_config = SimpleNamespace(
+        get_resolved_kv_cache_layout=lambda: KVCacheLayout.LBHNC, num_gpu_blocks_override=None
+    )
+    config.speculative_config = None
+    return get_kv_cache_groups(config, semantic_specs(specs, served, config))
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 6])
+def test_vllm_gives_each_group_of_layers_a_block_table(num_groups: int) -> None:
+    groups = groups_of(layers(6), num_groups)
+    share = 6 // num_groups
+    assert [group.layer_names for group in groups] == [
+        [f"layers.{i}.attn" for i in range(g * share, (g + 1) * share)] for g in range(num_groups)
+    ]
+    for number, group in enumerate(groups):
+        assert type(group.kv_cache_spec) is SemanticSpec
+        assert group.kv_cache_spec.layer_group == number
+
+
+def test_layers_with_a_window_stay_among_themselves() -> None:
+    window = SlidingWindowSpec(**SHAPE, sliding_window=128)
+    specs = {f"{i}": window if i % 3 else FULL_ATTENTION for i in range(12)}
+    groups = groups_of(specs, 2)
+    ours = [group for group in groups if isinstance(group.kv_cache_spec, SemanticSpec)]
+    assert [group.layer_names for group in ours] == [["0", "3"], ["6", "9"]]
+    assert {len(group.layer_names) for group in groups} == {2}
+
+
+def test_layers_of_different_groups_do_not_merge() -> None:
+    first, second = (group.kv_cache_spec for group in groups_of(layers(2), 2))
+    assert first != second
+    with pytest.raises(AssertionError, match="different groups"):
+        SemanticSpec.merge([first, second])
+    assert UniformTypeKVCacheSpecs.from_specs({"a": first, "b": second}) is None
+    assert UniformTypeKVCacheSpecs.from_specs({"a": first, "b": first}) is not None
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_groups", "allowed"),
+    [(6, 4, "1, 2, 3, 6"), (2, 3, "1, 2"), (1, 2, "1"), (0, 2, "1")],
+)
+def test_groups_that_are_no_equal_shares_are_refused(
+    num_layers: int, num_groups: int, allowed: str
+) -> None:
+    message = rf"--kv-policy-config.layer_groups {num_groups} .* {num_layers} .*allowed: {allowed}$"
+    with pytest.raises(ValueError, match=message):
+        groups_of(layers(num_layers), num_groups)
+
+
+def test_groups_of_layers_of_different_sizes_are_refused() -> None:
+    specs = layers(2) | {"large": replace(FULL_ATTENTION, num_kv_heads=4)}
+    specs["larger"] = specs["large"]
+    assert len(groups_of(specs, 1)) == 1
+    with pytest.raises(ValueError, match=r"layer_groups 2 needs .* 16384, 32768 bytes; allowed: 1"):
+        groups_of(specs, 2)
 
 
 def test_specs_of_different_policies_are_different() -> None:

@@ -19,6 +19,7 @@ logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, or its leve
 def explain_eviction(
     policy: str,
     request_id: str,
+    group_id: int,
     point: int,
     candidates: Sequence[int],
     scores: Sequence[float],
@@ -27,24 +28,27 @@ def explain_eviction(
     """Log what could go at an eviction point, with its score, and what went."""
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug(
-            "KV policy %s: request %s at token %d evicts blocks %s; scores %s",
+            "KV policy %s: request %s at token %d evicts blocks %s of KV cache group %d; scores %s",
             policy,
             request_id,
             point,
             evicted,
+            group_id,
             ", ".join(f"{i}: {score:.4g}" for i, score in zip(candidates, scores, strict=True)),
         )
 
 
-def sum_up_request(policy: str, request: Request, evicted: int, held: int, scored: int) -> None:
-    """Log the totals of a request that has finished, in blocks, if it evicted any.
+def sum_up_request(
+    policy: str, request: Request, group_id: int, evicted: int, held: int, scored: int
+) -> None:
+    """Log the totals of a request that has finished, in blocks of a group, if it evicted any.
 
     One that was preempted computes, and evicts, all of it again: its totals count once.
     """
     if evicted and request.is_finished() and logger.isEnabledFor(logging.DEBUG):
         logger.debug(
             "KV policy %s: request %s finished with %d prompt and %d output tokens: "
-            "%d blocks evicted, %d held, %d scored",
+            "%d blocks evicted, %d held, %d scored in KV cache group %d",
             policy,
             request.request_id,
             request.num_prompt_tokens,
@@ -52,4 +56,5 @@ def sum_up_request(policy: str, request: Request, evicted: int, held: int, score
             evicted,
             held,
             scored,
+            group_id,
         )

@@ -20,7 +20,7 @@ class SemanticKVCacheManager(KVCacheManager):
     cached, to find that nothing is. Here that is known from the last step that changed something.
     """
 
-    unchanged_until: dict[str, int]
+    unchanged_until: dict[str, float]
     """By request, the computed tokens up to which a step neither needs a block, nor evicts one,
     nor makes one shareable. Found again after each step that goes past them."""
 
@@ -73,7 +73,8 @@ class SemanticKVCacheManager(KVCacheManager):
         for manager in self.coordinator.single_type_managers:
             if not isinstance(manager, SemanticManager):
                 return  # vLLM's own, beside ours in a hybrid model, have rules of theirs
-            of_group = manager.unchanged_until(request)
-            until = of_group if until is None else min(until, of_group)
+            if until is None:
+                until = manager.evicts_from(request)
+            until = min(until, manager.filled_until(request))
         if until is not None:
             self.unchanged_until[request.request_id] = until

@@ -52,6 +52,9 @@ class SemanticManager(FullAttentionManager):
         self.stats_by_policy: defaultdict[str, EvictionStats] = defaultdict(EvictionStats)
         self.requests: Mapping[str, Request] = {}
         """The scheduler's live requests by id. Written by the scheduler."""
+        self.is_first = True
+        """Whether the manager is that of the first group: what happens to a request once, however
+        many groups its layers are in, is counted there. Written by the scheduler."""
         self.num_steps = 0
         """Scheduler steps so far, this one included. Written by the scheduler."""
         self.quiet_until: dict[str, float] = {}
@@ -163,16 +166,16 @@ class SemanticManager(FullAttentionManager):
         """Blocks the request holds now, the ones being filled included."""
         return sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
 
-    def unchanged_until(self, request: Request) -> int:
-        """The computed tokens up to which no step changes the request's blocks.
+    def filled_until(self, request: Request) -> int:
+        """The computed tokens up to which no step gives the request a block or shares one.
 
         Args:
             request: has just been given blocks for a step; the tokens of that step are not
                 counted as computed yet.
 
         Returns:
-            A step that ends at or before this many tokens has its slots already, completes no
-            block that could be shared, and begins at no eviction point.
+            A step that ends at or before this many tokens has its slots already, and completes no
+            block that could be shared.
         """
         request_id = request.request_id
         until = len(self.req_to_blocks[request_id]) * self.block_size
@@ -182,12 +185,20 @@ class SemanticManager(FullAttentionManager):
             exact = None if state is None else state.num_exact_tokens
             if exact is None or cached < exact // self.block_size:
                 until = min(until, (cached + 1) * self.block_size - 1)
-        if policy_of(request, self.default_policy).bounded:
-            settled = request.num_computed_tokens - self.eviction_delay
-            point = self._next_over_budget_point(request_id, settled, request.num_prompt_tokens)
-            # The step that begins there, or as much later as scores take, evicts.
-            until = min(until, point + self.eviction_delay)
         return until
+
+    def evicts_from(self, request: Request) -> float:
+        """The computed tokens at which the next step begins that evicts, the same in all groups.
+
+        Args:
+            request: as for :meth:`filled_until`.
+        """
+        if not policy_of(request, self.default_policy).bounded:
+            return math.inf
+        settled = request.num_computed_tokens - self.eviction_delay
+        num_prompt = request.num_prompt_tokens
+        point = self._next_over_budget_point(request.request_id, settled, num_prompt)
+        return point + self.eviction_delay  # as much later as scores take
 
     # -- vLLM's own hooks -------------------------------------------------------------
 
@@ -236,7 +247,8 @@ class SemanticManager(FullAttentionManager):
         self._evict(request_id, evicted)
         if state.num_exact_tokens is None:
             state.num_exact_tokens = start
-            self.stats_by_policy[self.policy_of(request_id).name].evicting_requests += 1
+            stats = self.stats_by_policy[self.policy_of(request_id).name]
+            stats.evicting_requests += self.is_first
         gone = set(evicted)
         state.kept = [i for i in kept if i not in gone]
         state.num_seen = num_full_blocks
@@ -266,7 +278,14 @@ class SemanticManager(FullAttentionManager):
             self.stats_by_policy[policy.name].recovered_blocks -= state.num_evicted
             held = len(self.req_to_blocks[request_id]) - state.num_evicted
             request = self.requests[request_id]
-            sum_up_request(policy.name, request, state.num_evicted, held, state.num_scored)
+            sum_up_request(
+                policy.name,
+                request,
+                self.kv_cache_group_id,
+                state.num_evicted,
+                held,
+                state.num_scored,
+            )
         self._evictions.pop(request_id, None)
         self.forget_points(request_id)
         return super().pop_blocks_for_free(request_id)
@@ -323,7 +342,7 @@ class SemanticManager(FullAttentionManager):
             extra_args = extra_args_of(self.requests[request_id])
             scores = state.judge(policy, candidates, point, extra_args)
             evicted = blocks_to_evict(kept, budget, scores)
-            if asked_in_step is not None:
+            if asked_in_step is not None and self.is_first:
                 stats.score_ages[self.num_steps - asked_in_step] += 1
         except POLICY_ERRORS:  # a policy is anybody's code
             if state.num_fallbacks == 0:
@@ -338,7 +357,15 @@ class SemanticManager(FullAttentionManager):
             stats.fallbacks += 1
             scores = candidates
             evicted = blocks_to_evict(kept, budget, scores)
-        explain_eviction(policy.name, request_id, point, candidates, scores, evicted)
+        explain_eviction(
+            policy.name,
+            request_id,
+            self.kv_cache_group_id,
+            point,
+            candidates,
+            scores,
+            evicted,
+        )
         return evicted
 
     def _num_kept_at(self, request_id: str, num_tokens: int) -> int:
@@ -355,6 +382,6 @@ class SemanticManager(FullAttentionManager):
         self.block_pool.free_blocks(reversed(freed))
         self._evictions.setdefault(request_id, []).extend(block_indices)
         stats = self.stats_by_policy[self.policy_of(request_id).name]
-        stats.evictions += 1
+        stats.evictions += self.is_first
         stats.evicted_blocks += len(block_indices)
         stats.recovered_blocks += len(block_indices)

@@ -52,9 +52,11 @@ def explain_shortage(
     if needed <= room:
         return None
     scheduler = vllm_config.scheduler_config
-    num_in_flight = cdiv(spec.max_in_flight_tokens, spec.block_size)
+    num_groups = sum(isinstance(group.kv_cache_spec, SemanticSpec) for group in groups)
+    num_in_flight = num_groups * cdiv(spec.max_in_flight_tokens, spec.block_size)
     steps_in_flight = spec.max_in_flight_tokens // scheduler.max_num_batched_tokens
-    fits = (room - needed + num_in_flight) * spec.block_size // steps_in_flight
+    left_for_them = (room - needed + num_in_flight) // num_groups
+    fits = left_for_them * spec.block_size // steps_in_flight
     smaller = "a smaller --max-num-batched-tokens"
     if fits > 0:
         smaller += f" (at most {fits}"

@@ -55,13 +55,16 @@ class KVPolicyMixin(Scheduler):
                 "--kv-policy: this model has no full-attention layer to put under a policy "
                 f"(its KV cache groups: {self._group_kinds()})"
             )
-        spec = next(iter(self.kv_policy_managers.values())).kv_cache_spec
+        # Eviction points depend on a request alone: one manager finds them for all groups.
+        self._points_manager = next(iter(self.kv_policy_managers.values()))
+        spec = self._points_manager.kv_cache_spec
         assert isinstance(spec, SemanticSpec)
         self.served_policies, self._policy_block_size = spec.served, spec.block_size
         self.peak_kv_blocks = 0
         for manager in self.kv_policy_managers.values():
             manager.requests = self.requests
-            self._log_policy(manager)
+            manager.is_first = manager is self._points_manager
+        self._log_policy(spec)
 
     def add_request(self, request: Request) -> None:
         """Take a request in, under the policy it asked for."""
@@ -83,8 +86,8 @@ class KVPolicyMixin(Scheduler):
         for group_id, manager in self.kv_policy_managers.items():
             if evictions := manager.take_evictions():
                 step.evictions[group_id] = evictions
-            if self.served_policies.rules:
-                self._ask_for_scores(step, group_id, output)
+        if self.served_policies.rules:
+            self._ask_for_scores(step, output)
         if step.evictions or step.keeps_queries:
             attach_step(output, step)
         pool = self.kv_cache_manager.block_pool
@@ -147,30 +150,29 @@ class KVPolicyMixin(Scheduler):
             part = len(request.block_indices) / num_blocks
             stats.scoring_microseconds += round(1e6 * seconds * part)
 
-    def _ask_for_scores(self, step: KVPolicyStep, group_id: int, output: SchedulerOutput) -> None:
+    def _ask_for_scores(self, step: KVPolicyStep, output: SchedulerOutput) -> None:
         """What the workers have to score after the step, and whose queries they have to keep."""
-        manager = self.kv_policy_managers[group_id]
-        asked = {}
+        points = self._points_manager
         for request_id, num_new in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
             # vLLM has already advanced this to the end of the step.
             end = request.num_computed_tokens
-            if end <= manager.quiet_until.get(request_id, 0):
+            if end <= points.quiet_until.get(request_id, 0):
                 continue
-            if manager.keeps_queries(request, end - num_new, num_new):
+            if points.keeps_queries(request, end - num_new, num_new):
                 step.keeps_queries.add(request_id)
-            if (score_request := manager.score_request(request, end)) is not None:
-                asked[request_id] = score_request
-        if asked:
-            step.score_requests[group_id] = asked
+            for group_id, manager in self.kv_policy_managers.items():
+                asked = manager.score_request(request, end)
+                if asked is None:  # in no group, then
+                    break
+                step.score_requests.setdefault(group_id, {})[request_id] = asked
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
         """Let a session's prompt grow: what was eviction points stays, what comes is found anew."""
         note_turn(session)
         super()._update_request_as_session(session, update)
         self.kv_cache_manager.forget(session.request_id)
-        for manager in self.kv_policy_managers.values():
-            manager.forget_points(session.request_id)
+        self._points_manager.forget_points(session.request_id)
         began_with = policy_of(session, self.served_policies.default)
         before = self.served_policies.to_request(began_with)
         policy = self._choose_policy(session, extra_args_of(session).get(REQUEST_KEY, before))
@@ -195,33 +197,29 @@ class KVPolicyMixin(Scheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        for manager in self.kv_policy_managers.values():
-            num_new_tokens = manager.clip_to_eviction_point(
-                request, num_computed_tokens, num_new_tokens
-            )
-        return num_new_tokens
+        return self._points_manager.clip_to_eviction_point(
+            request, num_computed_tokens, num_new_tokens
+        )
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """Look a prefix up, but leave the queries of the first eviction to be computed."""
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        for manager in self.kv_policy_managers.values():
-            limit = manager.max_prefix_hit_tokens(request)
-            if limit is not None and max(num_tokens, boundary) > limit:
-                # Not cut short: a layer with a window holds the end of one hit, not of another.
-                lookup = self.kv_cache_manager.coordinator.find_longest_cache_hit
-                found, num_tokens, num_uncached = lookup(request.block_hashes, limit)
-                blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
-                boundary = num_tokens + num_uncached if num_uncached else 0
+        limit = self._points_manager.max_prefix_hit_tokens(request)
+        if limit is not None and max(num_tokens, boundary) > limit:
+            # Not cut short: a layer with a window holds the end of one hit, not of another.
+            lookup = self.kv_cache_manager.coordinator.find_longest_cache_hit
+            found, num_tokens, num_uncached = lookup(request.block_hashes, limit)
+            blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
+            boundary = num_tokens + num_uncached if num_uncached else 0
         return blocks, num_tokens, boundary, diverged
 
     def _group_kinds(self) -> str:
         groups = self.kv_cache_config.kv_cache_groups
         return ", ".join(type(group.kv_cache_spec).__name__ for group in groups) or "none"
 
-    def _log_policy(self, manager: SemanticManager) -> None:
-        spec = manager.kv_cache_spec
-        assert isinstance(spec, SemanticSpec)
-        logger.info("%s", describe(spec.policy, spec.block_size))
+    def _log_policy(self, spec: SemanticSpec) -> None:
+        num_groups = len(self.kv_policy_managers)
+        logger.info("%s", describe(spec.policy, spec.block_size, num_groups))
         num_blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
         full_blocks = cdiv(self.max_model_len, spec.block_size)
         held_blocks, shared_blocks = full_blocks, 0
@@ -233,9 +231,9 @@ class KVPolicyMixin(Scheduler):
             "KV policy %s: %d blocks hold %d requests of %d tokens; the full cache would hold %d",
             spec.policy.name,
             num_blocks,
-            capacity(num_blocks - shared_blocks, held_blocks),
+            capacity(num_blocks - num_groups * shared_blocks, num_groups * held_blocks),
             self.max_model_len,
-            capacity(num_blocks, full_blocks),
+            capacity(num_blocks, num_groups * full_blocks),
         )
         cache_config = self.vllm_config.cache_config
         if spec.policy.bounded and cache_config.kv_cache_size_tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self, TypeGuard
 
@@ -10,6 +11,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_a
 
 from ..config import POLICY_FLAG
 from ..hooks import register_spec
+from ..layer_groups import split_layers
 from ..policies import KVPolicy
 from ..served import ServedPolicies
 from .manager import SemanticManager
@@ -39,6 +41,9 @@ class SemanticSpec(FullAttentionSpec):
     eviction_delay: int = 0
     """Tokens after an eviction point that still see the blocks evicted there: one where the
     next step is scheduled before the scores of the last have come (async scheduling)."""
+
+    layer_group: int = 0
+    """Which of the groups of layers that evict for themselves the layer is in."""
 
     @property
     def policy(self) -> KVPolicy:
@@ -76,16 +81,30 @@ class SemanticSpec(FullAttentionSpec):
             return needed
         return min(needed, self.max_admission_blocks * self.page_size_bytes)
 
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Whether some layers can share a block table with this one."""
+        return super().is_uniform_with_collection(kv_cache_specs) and self._is_group_of(
+            kv_cache_specs.values()
+        )
+
+    def _is_group_of(self, specs: Iterable[KVCacheSpec]) -> bool:
+        return all(
+            getattr(spec, "layer_group", self.layer_group) == self.layer_group for spec in specs
+        )
+
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
         """Merge the specs of one group; its layers share their policies.
 
         Raises:
+            AssertionError: the layers are of several groups, by which vLLM knows not to put them
+                into one.
             ValueError: a layer with a window of its own is in the group, and would lose blocks
                 of its window with the others'.
         """
         first = specs[0]
         merged = super().merge(specs)
+        assert first._is_group_of(specs), "Layers of different groups evict different blocks."
         if merged.sliding_window or merged.attention_chunk_size:
             raise ValueError(
                 f"{POLICY_FLAG} {first.policy.name} does not support layers with and without a "
@@ -98,6 +117,7 @@ class SemanticSpec(FullAttentionSpec):
             prefill_interval=first.prefill_interval,
             max_in_flight_tokens=first.max_in_flight_tokens,
             eviction_delay=first.eviction_delay,
+            layer_group=first.layer_group,
         )
 
 
@@ -113,8 +133,26 @@ def goes_under_policy(spec: KVCacheSpec | None) -> TypeGuard[FullAttentionSpec]:
     )
 
 
+def semantic_specs(
+    specs: Mapping[str, KVCacheSpec], served: ServedPolicies, vllm_config: VllmConfig
+) -> dict[str, KVCacheSpec]:
+    """Put the full-attention layers of a model under a policy, in the groups that are served.
+
+    Raises:
+        ValueError: the layers cannot be split into so many groups.
+    """
+    page_sizes = {
+        name: spec.page_size_bytes for name, spec in specs.items() if goes_under_policy(spec)
+    }
+    groups = split_layers(page_sizes, served.layer_groups)
+    return {
+        name: semantic_spec(spec, served, vllm_config, groups.get(name, 0))
+        for name, spec in specs.items()
+    }
+
+
 def semantic_spec(
-    spec: KVCacheSpec, served: ServedPolicies, vllm_config: VllmConfig
+    spec: KVCacheSpec, served: ServedPolicies, vllm_config: VllmConfig, layer_group: int = 0
 ) -> KVCacheSpec:
     """Put a full-attention layer under a policy; any other layer stays as it is."""
     if not goes_under_policy(spec):
@@ -126,4 +164,5 @@ def semantic_spec(
         prefill_interval=vllm_config.scheduler_config.max_num_batched_tokens,
         max_in_flight_tokens=vllm_config.max_in_flight_tokens,
         eviction_delay=int(vllm_config.scheduler_config.async_scheduling or 0),
+        layer_group=layer_group,
     )

@@ -17,11 +17,12 @@ KEY_PREFIX = "kv_policy:"
 class EvictionStats:
     """Counters of one policy in one block manager since the start of the engine.
 
-    Written by the manager; the time by the scheduler.
+    Written by the manager; the time by the scheduler. What happens to a request in all groups of
+    layers at once is counted in the first.
     """
 
     evictions: int = 0
-    """Times that a request gave up blocks."""
+    """Times that a request gave up blocks, in whatever number of groups."""
 
     evicted_blocks: int = 0
 

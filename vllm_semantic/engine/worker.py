@@ -36,7 +36,7 @@ from .query_windows import QueryWindows
 from .reserved_memory import reserved_memory
 from .runner import access
 from .scorer import BlockScorer, PendingScores, ScoredLayers
-from .spec import SemanticSpec, semantic_spec
+from .spec import SemanticSpec, semantic_specs
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -83,12 +83,13 @@ class KVPolicyWorkerMixin(Worker):
         check_layers(self.vllm_config, self.served_policies.default.name)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """Put the full-attention layers under the policy."""
+        """Put the full-attention layers under the policy.
+
+        Raises:
+            ValueError: they cannot be split into the groups that were asked for.
+        """
         specs = super().get_kv_cache_spec()
-        return {
-            name: semantic_spec(spec, self.served_policies, self.vllm_config)
-            for name, spec in specs.items()
-        }
+        return semantic_specs(specs, self.served_policies, self.vllm_config)
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, less what a policy needs beside it.

@@ -22,7 +22,15 @@ from .options import allowed, option_types, parse
 POLICY_ERRORS = (Exception, SystemExit)
 """What the code of a policy may raise that is no reason for an engine to end."""
 
-RESERVED = ("name", "bounded", "choices", "pin", "pin_prompt_tokens", "max_request_tokens")
+RESERVED = (
+    "name",
+    "bounded",
+    "choices",
+    "pin",
+    "pin_prompt_tokens",
+    "max_request_tokens",
+    "layer_groups",
+)
 """What no option can be called: read of the class, or of a request beside its options."""
 
 MAX_QUERIES = 1024

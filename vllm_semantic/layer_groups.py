@@ -1,0 +1,59 @@
+"""Groups of attention layers that evict for themselves: how many, and which layer is in which."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+
+from .config import CONFIG_FLAG
+
+LAYER_GROUPS = "layer_groups"
+_FLAG = f"{CONFIG_FLAG}.{LAYER_GROUPS}"
+
+
+def check_layer_groups(value: object, num_layers: int | None = None) -> int:
+    """Refuse a number of groups that cannot be equal shares of the layers.
+
+    Args:
+        value: what was asked for.
+        num_layers: layers under the policy; ``None`` before that is known.
+
+    Raises:
+        ValueError: names the flag, the value and what is allowed.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"{_FLAG} {reprlib.repr(value)} is not a number of groups; "
+            "allowed: integers from 1, of which the model's full-attention layers are a multiple"
+        )
+    if num_layers is not None and value > 1 and (num_layers < value or num_layers % value):
+        shares = [n for n in range(1, num_layers + 1) if num_layers % n == 0]
+        raise ValueError(
+            f"{_FLAG} {value} does not divide the {num_layers} full-attention layers of the model "
+            f"into equal shares; allowed: {', '.join(map(str, shares)) or 1}"
+        )
+    return value
+
+
+def split_layers(page_sizes: Mapping[str, int], num_groups: int) -> dict[str, int]:
+    """The group of each layer: contiguous shares, equal in layers.
+
+    vLLM's hybrid KV cache manager serves groups out of one pool if a block of each takes the same
+    memory (``get_kv_cache_groups``, vllm/v1/core/kv_cache_utils.py).
+
+    Args:
+        page_sizes: bytes of a block by name, of the layers under the policy in the model's order.
+        num_groups: how many.
+
+    Raises:
+        ValueError: the layers cannot be split into so many; names the flag and what is allowed.
+    """
+    check_layer_groups(num_groups, len(page_sizes))
+    if num_groups > 1 and len(set(page_sizes.values())) > 1:
+        raise ValueError(
+            f"{_FLAG} {num_groups} needs full-attention layers whose blocks take the same memory; "
+            f"this model's take {', '.join(map(str, sorted(set(page_sizes.values()))))} bytes; "
+            "allowed: 1"
+        )
+    share = len(page_sizes) // num_groups
+    return {name: i // share for i, name in enumerate(page_sizes)}
