@@ -117,6 +117,15 @@ def test_a_beam_search_asks_the_engine_of_its_owner() -> None:
     params.extra_args = {}  # type: ignore[attr-defined]
 
 
+def test_a_session_keeps_what_was_computed() -> None:
+    """Which is nothing, if it was preempted: obsolete once vLLM keeps the tokens it knows."""
+    source = inspect.getsource(Scheduler._update_request_as_session)
+    assert "del session._all_token_ids[num_computed_tokens:]" in source
+    settle = inspect.getsource(Scheduler.update_from_output)
+    handled = settle.index("finished = self._handle_stopped_request(request)")
+    assert "self.waiting.remove_requests(stopped_preempted_reqs)" in settle[handled:]
+
+
 def test_a_waiting_request_can_end_with_an_error() -> None:
     source = inspect.getsource(Scheduler.update_from_output)
     ends = source.index("set(self.grammar_compile_error_reqs)")

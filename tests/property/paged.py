@@ -44,6 +44,11 @@ class Tokens:
             self._prefixes.append(hash((before, token)))
         return self._prefixes[position]
 
+    def grow(self, num_kept: int, more: list[int]) -> None:
+        """A session's next turn: what was computed is prompt now, and more comes behind it."""
+        self.prompt = self.first(num_kept) + list(more)
+        del self._tokens[num_kept:], self._prefixes[num_kept:]
+
     def first(self, length: int) -> list[int]:
         return [self[i] for i in range(length)]
 
@@ -67,6 +72,8 @@ class ExpectedEvictions:
     num_tokens: int = 0
     evictions: dict[int, list[int]] = field(default_factory=dict)
     scores: dict[int, float] = field(default_factory=dict)
+    turns: list[tuple[int, int]] = field(default_factory=list)
+    """Of a session: where a prompt ended, and the answer to it."""
 
     def until(self, num_tokens: int) -> dict[int, list[int]]:
         """Computed tokens at each eviction -> logical blocks, up to ``num_tokens``."""
@@ -80,7 +87,9 @@ class ExpectedEvictions:
         return {block for blocks in self.until(position).values() for block in blocks}
 
     def _advance(self) -> None:
-        n, num_prompt = self.num_tokens, len(self.tokens.prompt)
+        n = self.num_tokens
+        ends = (prompt for prompt, answer in self.turns if n <= answer)
+        num_prompt = next(ends, len(self.tokens.prompt))
         if n % self.block_size == 0:
             self.alive.add(n // self.block_size - 1)
         within_prompt = n < num_prompt and n % self.prefill_interval == 0
@@ -240,7 +249,10 @@ class PagedWorker:
             self.gone.pop(request_id, None)
         for new in output.scheduled_new_reqs:
             self.rows[new.req_id] = [list(block_ids) for block_ids in new.block_ids]
-            self.gone[new.req_id] = [set() for _ in self.groups]
+            # A session's next turn comes as a new request, with what it has lost.
+            self.gone[new.req_id] = [
+                {i for i, block in enumerate(block_ids) if not block} for block_ids in new.block_ids
+            ]
             spans[new.req_id] = (new.num_computed_tokens, len(requests[new.req_id].prompt))
         cached = output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):

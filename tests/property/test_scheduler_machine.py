@@ -151,6 +151,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.tokens: dict[str, Tokens] = {}
         self.requests: dict[str, Request] = {}
         self.expected: dict[str, list[ExpectedEvictions]] = {}
+        self.session: str | None = None
+        """Whose user may go on. One at a time: what waits for its user cannot be preempted."""
+        self.room = 0
+        """Tokens that the session may still get, prompts and answers."""
+        self.session_args: dict[str, Any] | None = None
+        self.update_session = self.scheduler._update_request_as_session
+        self.scheduler._update_request_as_session = self.follow_session
         self.evicted: dict[str, list[dict[int, list[int]]]] = {}
         """Of each request since it last started over, in each group: computed tokens -> logical
         blocks."""
@@ -164,10 +171,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.tokens and data.draw(st.booleans()):
             earlier = self.tokens[data.draw(st.sampled_from(sorted(self.tokens)))]
             shared = earlier.first(data.draw(st.integers(1, MAX_MODEL_LEN - 2)))
-        length = data.draw(st.integers(max(1, len(shared)), MAX_MODEL_LEN - 1))
-        seed = data.draw(st.integers(0, 50))
-        prompt = shared + [(seed * 31 + i) % VOCAB_SIZE for i in range(length - len(shared))]
-        max_tokens = data.draw(st.integers(1, MAX_MODEL_LEN - length))
+        # vLLM alone loses a session that is preempted with its last token in flight.
+        sessions = not (self.stock and self.asynchronous) and not self.speaks()
+        resumable = sessions and data.draw(st.booleans())
+        longest = MAX_MODEL_LEN // 3 if resumable else MAX_MODEL_LEN - 1
+        length = data.draw(st.integers(min(max(1, len(shared)), longest), longest))
+        prompt = shared[:length] + self.draw_tokens(data, length - len(shared))
+        most = MAX_MODEL_LEN // 6 if resumable else MAX_MODEL_LEN - length
+        max_tokens = data.draw(st.integers(1, most))
         request_id = f"r{len(self.tokens)}"
         self.tokens[request_id] = Tokens(prompt)
         self.evicted[request_id] = [{} for _ in self.groups]
@@ -175,7 +186,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy = self.served.default
         if asked is not None:
             try:
-                policy = self.served.choose(asked, BLOCK_SIZE, length, max_tokens)
+                num_tokens = MAX_MODEL_LEN if resumable else length
+                policy = self.served.choose(asked, BLOCK_SIZE, num_tokens, max_tokens)
+                asked = self.served.to_request(policy)
             except ValueError:
                 asked = None
         self.seen["policies of their own"] += policy != self.served.default
@@ -191,10 +204,71 @@ class SchedulerMachine(RuleBasedStateMachine):
             ignore_eos=True,
             extra_args=asked and {REQUEST_KEY: asked},
         )
+        if resumable:
+            self.session, self.room = request_id, MAX_MODEL_LEN - length - max_tokens
+            self.session_args = params.extra_args
+        self.send(request_id, prompt, params, resumable)
+
+    def send(
+        self, request_id: str, prompt: list[int], params: SamplingParams, resumable: bool
+    ) -> None:
         for scheduler in filter(None, (self.stock, self.scheduler)):
-            request = Request(request_id, prompt, params, None, block_hasher=self.hasher)
+            request = Request(
+                request_id,
+                list(prompt),
+                params,
+                None,
+                block_hasher=self.hasher,
+                resumable=resumable,
+            )
             scheduler.add_request(request)
-        self.requests[request_id] = request
+        self.requests.setdefault(request_id, request)
+
+    def draw_tokens(self, data: st.DataObject, length: int) -> list[int]:
+        seed = data.draw(st.integers(0, 50))
+        return [(seed * 31 + i) % VOCAB_SIZE for i in range(length)]
+
+    def speaks(self) -> bool:
+        return self.session in self.scheduler.requests
+
+    @precondition(lambda self: self.speaks())
+    @rule(data=st.data())
+    def go_on(self, data: st.DataObject) -> None:
+        """A session's user says more, while it answers or waits, or was preempted; or hangs up."""
+        assert self.session is not None
+        if self.room < 2 or data.draw(st.integers(0, 9)) == 0:
+            self.hang_up()
+            return
+        length = data.draw(st.integers(1, self.room - 1))
+        max_tokens = data.draw(st.integers(1, min(self.room - length, MAX_MODEL_LEN // 6)))
+        self.room -= length + max_tokens
+        # What a chunk does not ask for stays as the session has it.
+        extra_args = data.draw(st.sampled_from([None, self.session_args]))
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=0, ignore_eos=True, extra_args=extra_args
+        )
+        status = self.requests[self.session].status
+        self.seen["said while preempted"] += status == RequestStatus.PREEMPTED
+        self.send(self.session, self.draw_tokens(data, length), params, resumable=True)
+        self.check()
+
+    def hang_up(self) -> None:
+        if self.speaks():
+            assert self.session is not None
+            self.send(self.session, [0], SamplingParams(max_tokens=1), resumable=False)
+        self.session = None
+
+    def follow_session(self, session: Request, update: Any) -> None:
+        """What the session's tokens are, and where its turns end, once its next turn begins."""
+        num_kept = session.num_tokens - 1
+        for expected in self.expected[session.request_id]:
+            expected.turns.append((session.num_prompt_tokens, num_kept))
+        self.tokens[session.request_id].grow(num_kept, update.prompt_token_ids)
+        self.seen["turns of preempted"] += session.num_computed_tokens == 0
+        self.update_session(session, update)
+        self.seen["turns"] += 1
+        self.seen["turns after an eviction"] += any(self.evicted[session.request_id])
+        self.seen["turns after a preemption"] += session.num_preemptions > 0
 
     @precondition(lambda self: self.scheduler.requests)
     @rule(data=st.data())
@@ -207,6 +281,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.check()
 
     @precondition(lambda self: self.asynchronous or not self.in_flight)
+    @precondition(lambda self: not self.pauses())
     @rule()
     def start_all_over(self) -> None:
         """As when weights are updated: every running request is preempted."""
@@ -214,6 +289,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert scheduler.reset_prefix_cache(reset_running_requests=True)
         assert not any(block.block_hash for block in self.pool.blocks)
         self.check()
+
+    def pauses(self) -> bool:
+        """Whether a session that does not run holds blocks: vLLM resets no cache then."""
+        return any(
+            request.num_computed_tokens and request.status != RequestStatus.RUNNING
+            for request in self.scheduler.requests.values()
+        )
 
     # -- what the engine does ----------------------------------------------------------
 
@@ -262,6 +344,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Whatever happened, what is left finishes and the pool is whole."""
         if not hasattr(self, "scheduler"):
             return
+        self.hang_up()
         for _ in range(MAX_REQUESTS * 2 * MAX_MODEL_LEN):
             if not self.scheduler.has_unfinished_requests():
                 break
@@ -305,7 +388,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.evicted[request_id][group][at] = blocks
             self.seen["evictions"] += 1
             self.seen["groups that differ"] += blocks != evictions[0][request_id]
-        for request_id in resumed:
+        for request_id in resumed | (output.preempted_req_ids or set()):
             self.evicted[request_id] = [{} for _ in self.groups]
         self.seen["steps"] += 1
         self.seen["resumed"] += len(resumed)
@@ -403,8 +486,11 @@ def test_schedulers(asynchronous: bool, policies: list[dict[str, Any]], llama: s
     # Lives without these would show nothing.
     common = {"steps": 5000, "hits": 50, "resumed": 50, "resumed with a hit": 5}
     common["aborted in flight"] = 20
+    if policies is TIGHT or not asynchronous:
+        common |= {"turns": 100, "turns after a preemption": 10}
     if policies is TIGHT:
         common |= {"evictions": 2000, "policies of their own": 100, "groups that differ": 100}
+        common["turns after an eviction"] = 20
         if asynchronous:
             common["stale scores"] = 20
     assert all(seen[what] >= least for what, least in common.items()), seen

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.protocol import StreamingInput
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from benchmarks.host import make_scheduler
 from vllm_semantic import register
+from vllm_semantic.engine.refusal import KVPolicyError
+from vllm_semantic.engine.sessions import asked_by, under_one_policy
 from vllm_semantic.engine.spec import semantic_spec
 from vllm_semantic.hooks import SCHEDULERS
-from vllm_semantic.messages import attach_scores, step_of
+from vllm_semantic.messages import attach_scores, policy_of, step_of
 from vllm_semantic.policies.selection import (
     EarlierTurn,
     eviction_point_of_turns,
@@ -47,23 +53,52 @@ def test_points_of_earlier_turns_stay() -> None:
         assert eviction_point_of_turns(n, 50, turns, BLOCK_SIZE, 25) == expected
 
 
-def session(llama: str, interrupted_at: int | None) -> tuple[dict[int, list[int]], int]:
-    """What a session evicts, by computed tokens, and how often it was preempted."""
+SEMANTIC = {"name": "semantic", "sink_tokens": 4, "recent_tokens": 4, "semantic_tokens": 8}
+
+
+def make_config(llama: str, **kwargs: Any) -> Any:
     register()
-    config = EngineArgs(
+    return EngineArgs(
         model=llama,
         skip_tokenizer_init=True,
         max_model_len=256,
         max_num_batched_tokens=16,
         block_size=32,
         enable_prefix_caching=False,
+        **kwargs,
     ).create_engine_config()
+
+
+def scheduler_under(llama: str, asynchronous: bool = False, **policy: Any) -> Any:
+    """A scheduler of 64 blocks under the policy above."""
+    config = make_config(llama)
     full = FullAttentionSpec(
         block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
     )
-    policy = {"name": "semantic", "sink_tokens": 4, "recent_tokens": 4, "semantic_tokens": 8}
-    spec = semantic_spec(full, ServedPolicies.from_config(policy), config)
-    scheduler = make_scheduler(resolve_obj_by_qualname(SCHEDULERS[False]), config, [spec], 64)
+    config.scheduler_config.async_scheduling = asynchronous
+    spec = semantic_spec(full, ServedPolicies.from_config(SEMANTIC | policy), config)
+    return make_scheduler(resolve_obj_by_qualname(SCHEDULERS[asynchronous]), config, [spec], 64)
+
+
+def result_of(output: Any, sampled: list[str]) -> ModelRunnerOutput:
+    """What a step answers: a token for those that have read their prompt."""
+    ids = list(output.num_scheduled_tokens)
+    tokens = [[7] if request_id in sampled else [] for request_id in ids]
+    result = ModelRunnerOutput(ids, {r: i for i, r in enumerate(ids)}, sampled_token_ids=tokens)
+    ours = step_of(output)
+    if ours and ours.score_requests:
+        asked = ours.score_requests[0]
+        scores = {
+            r: [float(hash((of.num_tokens, i)) % 7) for i in of.block_indices]
+            for r, of in asked.items()
+        }
+        attach_scores(result, {0: scores})
+    return result
+
+
+def session(llama: str, interrupted_at: int | None) -> tuple[dict[int, list[int]], int]:
+    """What a session evicts, by computed tokens, and how often it was preempted."""
+    scheduler = scheduler_under(llama)
     params = SamplingParams(max_tokens=ANSWERS, temperature=0, ignore_eos=True)
     request = Request("s", [7] * TURNS[0], params, None, resumable=True)
     scheduler.add_request(request)
@@ -85,12 +120,7 @@ def session(llama: str, interrupted_at: int | None) -> tuple[dict[int, list[int]
         if ours and ours.evictions:
             evicted[start] = ours.evictions[0]["s"]
         done = request.num_computed_tokens >= request.num_tokens
-        result = ModelRunnerOutput(["s"], {"s": 0}, sampled_token_ids=[[7] if done else []])
-        if ours and ours.score_requests:
-            asked = ours.score_requests[0]["s"]
-            scores = [hash((asked.num_tokens, i)) % 7 for i in asked.block_indices]
-            attach_scores(result, {0: {"s": scores}})
-        scheduler.update_from_output(output, result)
+        scheduler.update_from_output(output, result_of(output, ["s"] if done else []))
     assert not coming
     assert request.num_prompt_tokens == sum(TURNS) + (len(TURNS) - 1) * (ANSWERS - 1)
     return evicted, request.num_preemptions
@@ -105,3 +135,149 @@ def test_a_session_evicts_the_same_when_it_is_computed_again(
     assert (never, times) == (0, 1)
     assert len(alone) > 8
     assert again == alone
+
+
+def chunk(length: int, asked: Any = None, max_tokens: int = 2, request_id: str = "s") -> Request:
+    extra_args = None if asked is None else {"kv_policy": asked}
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=0, ignore_eos=True, extra_args=extra_args
+    )
+    return Request(request_id, list(range(length)), params, None, resumable=True)
+
+
+def run(scheduler: Any) -> list[Any]:
+    """All that the engine answers until nothing is left to do."""
+    answers = []
+    while scheduler.has_unfinished_requests():
+        output = scheduler.schedule()
+        done = [
+            r
+            for r in output.num_scheduled_tokens
+            if scheduler.requests[r].num_computed_tokens >= scheduler.requests[r].num_tokens
+        ]
+        for of_client in scheduler.update_from_output(output, result_of(output, done)).values():
+            answers += of_client.outputs
+    return answers
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_a_session_preempted_with_its_last_token_in_flight_goes_on(
+    queued: bool, llama: str
+) -> None:
+    """vLLM alone forgets all that was said, and the session, which then waits for ever."""
+    scheduler = scheduler_under(llama, asynchronous=True)
+    request = chunk(10)
+    scheduler.add_request(request)
+    if queued:
+        scheduler.add_request(chunk(3))
+    steps = [scheduler.schedule(), scheduler.schedule()]
+    scheduler.running.remove(request)
+    scheduler._preempt_request(request, 0.0)
+    for step in steps:
+        scheduler.update_from_output(step, result_of(step, ["s"]))
+    if not queued:
+        assert request.status == RequestStatus.WAITING_FOR_STREAMING_REQ
+        scheduler.add_request(chunk(3))
+    said = [*range(10), 7, *range(3)]
+    assert request.prompt_token_ids == list(request.all_token_ids) == said
+    assert run(scheduler)[-1].finish_reason is not None
+    assert request.num_computed_tokens == len(said) + 1
+    assert list(request.all_token_ids) == [*said, 7, 7]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        (None, "streaming"),
+        ("streaming", "semantic"),
+        ("streaming", {"name": "streaming", "recent_tokens": 64}),
+        ("streaming", "smart"),
+    ],
+)
+def test_a_chunk_under_another_policy_ends_its_session(
+    first: Any, later: Any, waits: bool, llama: str
+) -> None:
+    """The frontend refuses it; what comes to the scheduler all the same ends with an error."""
+    scheduler = scheduler_under(llama, max_request_tokens=256)
+    scheduler.add_request(chunk(10, first))
+    scheduler.add_request(Request("other", [5] * 40, chunk(1, max_tokens=20).sampling_params, None))
+    if waits:
+        run_until_it_waits(scheduler)
+    scheduler.add_request(chunk(3, later))
+    answers = run(scheduler)
+    assert [a.finish_reason for a in answers if a.request_id == "s"][-1] == FinishReason.ERROR
+    assert [a.finish_reason for a in answers if a.request_id == "other"][-1] == FinishReason.LENGTH
+    assert not scheduler.requests
+    pool = scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+def run_until_it_waits(scheduler: Any) -> None:
+    session = scheduler.requests["s"]
+    while session.status != RequestStatus.WAITING_FOR_STREAMING_REQ:
+        output = scheduler.schedule()
+        scheduler.update_from_output(output, result_of(output, list(output.num_scheduled_tokens)))
+
+
+def test_a_chunk_without_a_policy_stays_under_the_sessions(llama: str) -> None:
+    scheduler = scheduler_under(llama, max_request_tokens=512)
+    request = chunk(10, "streaming")
+    scheduler.add_request(request)
+    scheduler.add_request(chunk(3))
+    scheduler.add_request(chunk(3, {"name": "streaming"}))
+    assert run(scheduler)[-1].finish_reason == FinishReason.LENGTH
+    assert request.num_prompt_tokens == 18
+    assert policy_of(request, None).name == "streaming"
+
+
+def test_a_session_that_outgrows_its_policy_ends(llama: str) -> None:
+    scheduler = scheduler_under(llama, max_request_tokens=32)
+    scheduler.add_request(chunk(10, "full"))
+    scheduler.add_request(chunk(10))
+    scheduler.add_request(chunk(20))
+    answers = run(scheduler)
+    assert answers[-1].finish_reason == FinishReason.ERROR
+    assert [a.finish_reason for a in answers].count(FinishReason.LENGTH) == 2
+    assert not scheduler.requests
+
+
+async def chunks_of(asked: list[Any]) -> AsyncGenerator[StreamingInput, None]:
+    for each in asked:
+        params = None if each is Ellipsis else chunk(1, each).sampling_params
+        yield StreamingInput(prompt={"prompt_token_ids": [1]}, sampling_params=params)
+
+
+OTHER_WORDS = {"name": "semantic", "similarity": "attention"}
+
+
+@pytest.mark.parametrize(
+    ("of_session", "asked", "expected"),
+    [
+        (None, [..., ...], [None, None]),
+        (None, [None, ...], [None, None]),
+        (None, ["streaming", None, ...], ["streaming", "streaming", None]),
+        ("streaming", [None, ..., "streaming"], ["streaming", None, "streaming"]),
+        (None, [None, "semantic", OTHER_WORDS], [None, "semantic", OTHER_WORDS]),
+        (None, [..., "streaming"], "kv_policy .*streaming.* in a later chunk .*semantic"),
+        ("streaming", ["semantic"], "kv_policy .*semantic.* in a later chunk .*streaming"),
+        ("streaming", [..., "smart"], "kv_policy.name 'smart' is not served"),
+    ],
+)
+def test_the_chunks_of_a_session_ask_for_one_policy(
+    of_session: Any, asked: list[Any], expected: Any, llama: str
+) -> None:
+    """A chunk without parameters has those of the session."""
+    params = chunk(1, of_session).sampling_params
+    assert params is not None
+    config = make_config(llama, additional_config={"kv_policy": "semantic"})
+
+    async def listen() -> list[Any]:
+        chunks = under_one_policy(chunks_of(asked), params, config)
+        return [c.sampling_params and asked_by(c.sampling_params) async for c in chunks]
+
+    if isinstance(expected, str):
+        with pytest.raises(KVPolicyError, match=expected):
+            asyncio.run(listen())
+    else:
+        assert asyncio.run(listen()) == expected

@@ -61,6 +61,7 @@ class KVPolicyMixin(Scheduler):
         assert isinstance(spec, SemanticSpec)
         self.served_policies, self._policy_block_size = spec.served, spec.block_size
         self.peak_kv_blocks = 0
+        self._stopped_while_preempted: list[Request] = []
         for manager in self.kv_policy_managers.values():
             manager.requests = self.requests
             manager.is_first = manager is self._points_manager
@@ -111,7 +112,10 @@ class KVPolicyMixin(Scheduler):
                         self.kv_policy_managers[group_id].record_scores(
                             request_id, asked[request_id], scores
                         )
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        while self._stopped_while_preempted:
+            self._enqueue_waiting_request(self._stopped_while_preempted.pop())
+        return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's numbers of a step, with what the policy did; ``None`` without log stats."""
@@ -169,8 +173,13 @@ class KVPolicyMixin(Scheduler):
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
         """Let a session's prompt grow: what was eviction points stays, what comes is found anew."""
+        num_computed_tokens = session.num_computed_tokens
+        # All but the token that was sampled last. Where the session was preempted with its last
+        # token in flight, nothing is computed, and vLLM would keep nothing.
+        session.num_computed_tokens = session.num_tokens - 1
         note_turn(session)
         super()._update_request_as_session(session, update)
+        session.num_computed_tokens = num_computed_tokens
         self.kv_cache_manager.forget(session.request_id)
         self._points_manager.forget_points(session.request_id)
         began_with = policy_of(session, self.served_policies.default)
@@ -187,6 +196,16 @@ class KVPolicyMixin(Scheduler):
                     before,
                 )
             self._end_with_error(session)
+
+    def _handle_stopped_request(self, request: Request) -> bool:
+        """Go on with a session, also if it was preempted with its last token in flight.
+
+        vLLM takes such a request out of its queues once all outputs of the step are settled.
+        """
+        finished = super()._handle_stopped_request(request)
+        if not finished and not request.num_computed_tokens:
+            self._stopped_while_preempted.append(request)
+        return finished
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
