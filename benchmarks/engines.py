@@ -417,10 +417,11 @@ class EngineSide:
 
     def _instrument(self) -> dict[str, Clock]:
         """Clocks on everything that the policy adds to a step."""
+        from vllm_semantic.engine import backend
+
         scoring, eviction, compaction = Clock(), Clock(), Clock()
         scoring.wrap(self.worker._block_scorer, "_score_group")
-        for layer in self._scored_layers():
-            scoring.wrap(layer.impl, "keep_queries")
+        scoring.wrap(backend, "keep_queries")
         eviction.wrap(self.worker, "_apply_evictions")
         for group_id, manager in self.scheduler.kv_policy_managers.items():
             for name in ("keeps_queries", "score_request", "record_scores"):
@@ -430,7 +431,8 @@ class EngineSide:
             for attn_group in self.worker.model_runner.attn_groups[group_id]:
                 for builder in attn_group.metadata_builders:
                     compaction.wrap(builder, "_compact")
-                    scoring.wrap(builder, "_kept_queries")
+                    scoring.wrap(builder.buffers, "place_queries")
+                    scoring.wrap(builder, "query_rows")
         return {"scoring": scoring, "eviction": eviction, "compaction": compaction}
 
 

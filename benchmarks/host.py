@@ -237,7 +237,7 @@ class PolicyWorker(KVPolicyWorkerMixin, PlainWorker):
         self.model_runner = SimpleNamespace(device=torch.device("cpu"))
         self._windows = QueryWindows(spec.served.num_queries, self.scheduler_config.max_num_seqs)
         self._block_scorer = InstantScorer({group: [] for group in groups}, self._windows)
-        max_num_reqs, max_num_blocks = len(self.num_blocks), self._max_num_blocks(spec)
+        max_num_reqs, max_num_blocks = len(self.num_blocks), spec.max_held_blocks(config)
         self._held = {
             group: HeldBlocks(max_num_reqs, max_num_blocks, spec.block_size, 1) for group in groups
         }

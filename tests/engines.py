@@ -79,6 +79,10 @@ def scheduler_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
+def worker_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
 def manager_of(llm: Any) -> Any:
     return scheduler_of(llm).kv_policy_managers[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 SYSTEM_ROLES = ("system", "developer")
 
+CONTENT = frozenset({"metadata", "response_format", "structured_outputs", "text", "output_config"})
+"""Objects of a request with names of the client's own."""
+MAX_DEPTH = 4
+"""Of the objects that are searched for a policy."""
+
 
 def asks_for_policy(extra_args: Mapping[str, Any] | None, vllm_config: VllmConfig) -> bool:
     """Whether a request asks for a policy of its own, of an engine that has one at all.
@@ -30,8 +35,40 @@ def asks_for_policy(extra_args: Mapping[str, Any] | None, vllm_config: VllmConfi
     Args:
         extra_args: ``SamplingParams.extra_args``, or ``vllm_xargs``.
         vllm_config: of the engine.
+
+    Raises:
+        ValueError: it asks for one where it is not read.
     """
-    return bool(extra_args) and REQUEST_KEY in extra_args and has_policy(vllm_config)
+    if not extra_args or not has_policy(vllm_config):
+        return False
+    check_places(extra_args, (REQUEST_KEY,), "extra_args")
+    return REQUEST_KEY in extra_args
+
+
+def check_places(asked: Mapping[str, Any], place: tuple[str, ...] | None, reader: str) -> None:
+    """Refuse a policy that would be ignored where it stands.
+
+    Args:
+        asked: a request, or a part of it.
+        place: the path at which a policy is read; ``None``: nowhere.
+        reader: what reads it, for the message.
+
+    Raises:
+        ValueError: names where it stands and where it is read.
+    """
+    for path in _policies_in(asked, ()):
+        if path != place:
+            allowed = ".".join(place) if place else f"none, the server's own {REQUEST_KEY} holds"
+            raise ValueError(f"{'.'.join(path)} is not read by {reader}; allowed: {allowed}")
+
+
+def _policies_in(asked: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Where something named like a policy stands, in objects that vLLM or a plugin might read."""
+    for name, value in asked.items():
+        if value is not None and str(name).startswith(REQUEST_KEY):
+            yield (*path, str(name))
+        elif isinstance(value, Mapping) and name not in CONTENT and len(path) < MAX_DEPTH:
+            yield from _policies_in(value, (*path, str(name)))
 
 
 def checked(

@@ -15,14 +15,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .config import CONFIG_FLAG, POLICY_FLAG, check_block_size, resolve_policy_class
-from .frontend import asks_for_policy, checked, system_chats, with_pinned
+from .frontend import asks_for_policy, check_places, checked, system_chats, with_pinned
 from .layer_groups import LAYER_GROUPS, check_layer_groups
 from .policies import POLICIES, KVPolicy
 from .policies.trial import AttentionShape
 from .served import (
     CONFIG_KEY,
     MAX_REQUEST_TOKENS,
-    REQUEST_KEY,
     ServedPolicies,
     flags_to_config,
     has_policy,
@@ -52,9 +51,6 @@ DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16, "xformers": 64}
 """Smallest block that a platform's kernels handle well."""
 
 XFORMERS_BACKEND = "vllm_semantic.engine.xformers_backend.XFormersBackend"
-
-beam_policies: dict[str, Any] = {}
-"""What the running beam searches of a server ask for, by request id."""
 
 _SpecT = TypeVar("_SpecT", bound="type[KVCacheSpec]")
 
@@ -283,117 +279,248 @@ def attention_shape(vllm_config: VllmConfig) -> AttentionShape:
 def check_requests() -> None:
     """Read and check what requests ask for, where vLLM reads the rest of them.
 
-    That is ``InputProcessor.process_inputs``; for a server already ``OnlineRenderer``, before
-    a streamed answer begins. A system message is counted where the messages of a chat are at
-    hand. Called before an engine with a policy is built; one without is served as before.
+    That is ``InputProcessor.process_inputs``; for a server already where a route asks for an
+    answer, since an answer that is streamed is asked for before and processed after its first
+    byte. A system message is counted where the messages of a chat are at hand. Called before an
+    engine with a policy is built; one without is served as before.
     """
     from vllm.entrypoints.common.offline import OfflineInferenceMixin
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.entrypoints.launchers import app, run_batch
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+    from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
     from vllm.renderers.online_renderer import OnlineRenderer
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
 
     if getattr(InputProcessor, "kv_policy_hook", False):
         return
     InputProcessor.kv_policy_hook = True
     InputProcessor.process_inputs = _checking_inputs(InputProcessor.process_inputs)
-    OnlineRenderer.preprocess_completion = _checking_completion(
-        OnlineRenderer.preprocess_completion
+    AsyncLLM.generate = _checking_first(AsyncLLM.generate)
+    AsyncLLM._add_streaming_input_request = _keeping_policy(AsyncLLM._add_streaming_input_request)
+    OpenAIServingResponses._generate_with_builtin_tools = _checking_response(
+        OpenAIServingResponses._generate_with_builtin_tools
     )
-    OnlineRenderer.preprocess_chat = _checking_chat(OnlineRenderer.preprocess_chat)
-    for request in (CompletionRequest, ChatCompletionRequest):
-        request.to_beam_search_params = _noting_policy(request.to_beam_search_params)
-    BeamSearchOnlineMixin.beam_search = _passing_policy(BeamSearchOnlineMixin.beam_search)
+    OnlineRenderer.preprocess_chat = _pinning_chat(OnlineRenderer.preprocess_chat)
     OfflineInferenceMixin._add_chat_requests = _pinning_chats(
         OfflineInferenceMixin._add_chat_requests
     )
+    for request in (
+        CompletionRequest,
+        ChatCompletionRequest,
+        TranscriptionRequest,
+        TranslationRequest,
+    ):
+        request.to_beam_search_params = _with_extra_args(request.to_beam_search_params)
+    BeamSearchOnlineMixin.beam_search = _searching_online(BeamSearchOnlineMixin.beam_search)
+    BeamSearchOfflineMixin.beam_search = _searching_offline(BeamSearchOfflineMixin.beam_search)
+    app.init_entrypoints_middleware = _adding_middleware(app.init_entrypoints_middleware)
+    run_batch.run_request = _checking_batch(run_batch.run_request)
 
 
 def _checking_inputs(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm.utils import length_from_prompt_token_ids_or_embeds
+    from .engine.refusal import refusing
 
     @functools.wraps(process_inputs)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process_inputs(self, *args, **kwargs)
         params = request.sampling_params
-        if params is not None and (of_search := beam_policies.get(_search_of(request.request_id))):
-            params.extra_args = {**(params.extra_args or {}), REQUEST_KEY: of_search}
-        if params is not None and asks_for_policy(params.extra_args, self.vllm_config):
-            num_prompt_tokens = length_from_prompt_token_ids_or_embeds(
-                request.prompt_token_ids, request.prompt_embeds
-            )
-            if request.resumable:  # more prompt may follow, up to what the model takes
-                num_prompt_tokens = self.vllm_config.model_config.max_model_len
-            params.extra_args = checked(
-                params.extra_args, self.vllm_config, num_prompt_tokens, params.max_tokens
-            )
+        if params is not None and params.extra_args:
+            with refusing():
+                params.extra_args = _checked(
+                    params.extra_args,
+                    self.vllm_config,
+                    request.prompt_token_ids,
+                    request.prompt_embeds,
+                    params.max_tokens,
+                    resumable=request.resumable,
+                )
         return request
 
     return wrapper
 
 
-def _noting_policy(to_beam_search_params: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's parameters of a beam search have no place for extra arguments."""
+def _checked(
+    extra_args: Any,
+    vllm_config: VllmConfig,
+    prompt_token_ids: Any,
+    prompt_embeds: Any,
+    max_tokens: int | None,
+    *,
+    resumable: bool = False,
+) -> Any:
+    """Extra arguments of a request with the policy that it gets, if it asks for one."""
+    from vllm.utils import length_from_prompt_token_ids_or_embeds
+
+    if not asks_for_policy(extra_args, vllm_config):
+        return extra_args
+    max_model_len = vllm_config.model_config.max_model_len
+    num_prompt_tokens = length_from_prompt_token_ids_or_embeds(prompt_token_ids, prompt_embeds)
+    if max_tokens is None:
+        max_tokens = max_model_len - num_prompt_tokens
+    if resumable:  # more prompt may follow, up to what the model takes
+        num_prompt_tokens = max_model_len
+    return checked(extra_args, vllm_config, num_prompt_tokens, max_tokens)
+
+
+def _checked_rendered(
+    extra_args: Any, vllm_config: VllmConfig, prompt: Any, max_tokens: Any
+) -> Any:
+    """The same of a prompt that has been rendered; others are left to the input processor."""
+    from .engine.refusal import refusing
+
+    if not extra_args or not isinstance(prompt, dict) or "type" not in prompt:
+        return extra_args
+    decoder = prompt.get("decoder_prompt", prompt)
+    token_ids, embeds = decoder.get("prompt_token_ids"), decoder.get("prompt_embeds")
+    with refusing():
+        return _checked(extra_args, vllm_config, token_ids, embeds, max_tokens)
+
+
+def _checking_first(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Check when an answer is asked for; a generator begins when it is read."""
+
+    @functools.wraps(generate)
+    def wrapper(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        extra_args, max_tokens = sampling_params.extra_args, sampling_params.max_tokens
+        _checked_rendered(extra_args, self.vllm_config, prompt, max_tokens)
+        return generate(self, prompt, sampling_params, *args, **kwargs)
+
+    return wrapper
+
+
+def _checking_response(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """The same where Responses ask for an answer: they ask the engine inside of a generator."""
+
+    @functools.wraps(generate)
+    def wrapper(
+        self: Any,
+        request_id: str,
+        engine_input: Any,
+        sampling_params: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        vllm_config = self.engine_client.vllm_config
+        extra_args, max_tokens = sampling_params.extra_args, sampling_params.max_tokens
+        _checked_rendered(extra_args, vllm_config, engine_input, max_tokens)
+        return generate(self, request_id, engine_input, sampling_params, *args, **kwargs)
+
+    return wrapper
+
+
+def _keeping_policy(add_session: Callable[..., Any]) -> Callable[..., Any]:
+    from .engine.sessions import under_one_policy
+
+    @functools.wraps(add_session)
+    async def wrapper(
+        self: Any,
+        request_id: str,
+        input_stream: Any,
+        sampling_params: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if has_policy(self.vllm_config):
+            input_stream = under_one_policy(input_stream, sampling_params, self.vllm_config)
+        return await add_session(self, request_id, input_stream, sampling_params, *args, **kwargs)
+
+    return wrapper
+
+
+def _with_extra_args(to_beam_search_params: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's parameters of a beam search have no field for them, but take attributes."""
 
     @functools.wraps(to_beam_search_params)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         params = to_beam_search_params(self, *args, **kwargs)
-        params.kv_policy = (self.vllm_xargs or {}).get(REQUEST_KEY)
+        params.extra_args = self.vllm_xargs
         return params
 
     return wrapper
 
 
-def _passing_policy(beam_search: Callable[..., Any]) -> Callable[..., Any]:
-    """Every beam is a request of its own, whose id begins with that of the search."""
+def _searching_online(beam_search: Callable[..., Any]) -> Callable[..., Any]:
+    from .engine.beams import searching
 
     @functools.wraps(beam_search)
-    async def wrapper(
+    def wrapper(
         self: Any, prompt: Any, request_id: str, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if (policy := getattr(params, "kv_policy", None)) is not None:
-            beam_policies[request_id] = policy
-        try:
-            async for output in beam_search(self, prompt, request_id, params, *args, **kwargs):
-                yield output
-        finally:
-            beam_policies.pop(request_id, None)
+        vllm_config = self.engine_client.vllm_config
+        if extra_args := getattr(params, "extra_args", None):
+            extra_args = _checked_rendered(extra_args, vllm_config, prompt, params.max_tokens)
+            self = searching(self, "engine_client", extra_args)
+        return beam_search(self, prompt, request_id, params, *args, **kwargs)
 
     return wrapper
 
 
-def _search_of(request_id: str) -> str:
-    """The id of the beam search that a request is a beam of: ``SEARCH-UUID-beam-NUMBER``."""
-    return request_id.rpartition("-beam-")[0].rpartition("-")[0]
+def _searching_offline(beam_search: Callable[..., Any]) -> Callable[..., Any]:
+    from .engine.beams import searching
 
-
-def _checking_completion(preprocess: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(preprocess)
-    async def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = await preprocess(self, request, *args, **kwargs)
-        _check_rendered(request, inputs, self.renderer.config)
-        return inputs
+    @functools.wraps(beam_search)
+    def wrapper(self: Any, prompts: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        if extra_args := getattr(params, "extra_args", None):
+            self = searching(self, "llm_engine", extra_args)
+        return beam_search(self, prompts, params, *args, **kwargs)
 
     return wrapper
 
 
-def _checking_chat(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+def _adding_middleware(init_middleware: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(init_middleware)
+    def wrapper(args: Any, app: Any, *more: Any, **kwargs: Any) -> Any:
+        if has_policy(args):
+            from .middleware import MisplacedPolicies
+
+            app.add_middleware(MisplacedPolicies)  # first, so behind vLLM's authentication
+        return init_middleware(args, app, *more, **kwargs)
+
+    return wrapper
+
+
+def _checking_batch(run_request: Callable[..., Any]) -> Callable[..., Any]:
+    """Requests of a batch file have a route each and pass no middleware."""
+    from .engine.refusal import refusing
+    from .middleware import PLACES
+
+    @functools.wraps(run_request)
+    async def wrapper(serve: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+        async def checking(body: Any, *more: Any) -> Any:
+            if request.url in PLACES:
+                with refusing():
+                    check_places(dict(body), PLACES[request.url], request.url)
+            return await serve(body, *more)
+
+        return await run_request(checking, request, *args, **kwargs)
+
+    return wrapper
+
+
+def _pinning_chat(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+    from .engine.refusal import refusing
+
     @functools.wraps(preprocess)
     async def wrapper(self: Any, request: Any, messages: Any, *args: Any, **kwargs: Any) -> Any:
         rendered = await preprocess(self, request, messages, *args, **kwargs)
-        extra_args, vllm_config = getattr(request, "vllm_xargs", None), self.renderer.config
-        if asks_for_policy(extra_args, vllm_config):
-            prompts = [rendered[1][0]["prompt_token_ids"]]
-            for chat in system_chats(extra_args, messages):
-                # Without a parser: it would change the request, a second time.
-                _, (other,) = await preprocess(
-                    self, request, chat, *args, **{**kwargs, "parser": None}
-                )
-                prompts.append(other["prompt_token_ids"])
-            if len(prompts) > 1:
-                request.vllm_xargs = with_pinned(extra_args, *prompts)
-            _check_rendered(request, rendered[1], vllm_config)
+        extra_args = getattr(request, "vllm_xargs", None)
+        with refusing():
+            if asks_for_policy(extra_args, self.renderer.config):
+                prompts = [rendered[1][0]["prompt_token_ids"]]
+                for chat in system_chats(extra_args, messages):
+                    # Without a parser: it would change the request, a second time.
+                    _, (other,) = await preprocess(
+                        self, request, chat, *args, **{**kwargs, "parser": None}
+                    )
+                    prompts.append(other["prompt_token_ids"])
+                if len(prompts) > 1:
+                    request.vllm_xargs = with_pinned(extra_args, *prompts)
         return rendered
 
     return wrapper
@@ -427,41 +554,6 @@ def _pinning_chats(add_chat_requests: Callable[..., Any]) -> Callable[..., Any]:
         return add_chat_requests(self, chats, params, **kwargs)
 
     return wrapper
-
-
-def _check_rendered(request: Any, inputs: Any, vllm_config: VllmConfig) -> None:
-    """Check what a server's request asks for, before an answer to it begins."""
-    params = getattr(request, "sampling_params", None)  # of /inference/v1/generate
-    extra_args = getattr(params, "extra_args", None) or getattr(request, "vllm_xargs", None)
-    if asks_for_policy(extra_args, vllm_config):
-        for engine_input in inputs:
-            num_prompt_tokens = len(engine_input.get("prompt_token_ids", ()))
-            max_tokens = _max_tokens(params or request, num_prompt_tokens, vllm_config)
-            checked(extra_args, vllm_config, num_prompt_tokens, max_tokens)
-
-
-def _max_tokens(request: Any, num_prompt_tokens: int, vllm_config: VllmConfig) -> int:
-    """The most that a server lets a request generate, as its routes will work it out.
-
-    Each route of vLLM does this once its prompt is rendered (``get_max_tokens``).
-    """
-    from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
-
-    names = ("max_completion_tokens", "max_output_tokens", "max_tokens")
-    given = (getattr(request, name, None) for name in names)
-    model_config = vllm_config.model_config
-    defaults = model_config.get_diff_sampling_param()
-    if model_config.generation_config not in ("auto", "vllm"):
-        most = defaults.get("max_tokens")
-    else:
-        most = model_config.override_generation_config.get("max_new_tokens")
-    return get_max_tokens(
-        model_config.max_model_len,
-        next((each for each in given if each is not None), None),
-        num_prompt_tokens,
-        defaults,
-        most,
-    )
 
 
 # -- registries ------------------------------------------------------------------------

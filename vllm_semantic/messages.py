@@ -48,8 +48,8 @@ class KVPolicyStep:
     evictions: dict[int, dict[str, BlockIndices]] = field(default_factory=dict)
     score_requests: dict[int, dict[str, ScoreRequest]] = field(default_factory=dict)
 
-    keeps_queries: bool = False
-    """Whether this step computes queries that an eviction will look at."""
+    keeps_queries: set[str] = field(default_factory=set)
+    """Requests of which this step computes queries that an eviction will look at."""
 
 
 BlockScores = dict[int, dict[str, list[float]]]

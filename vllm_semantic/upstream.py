@@ -54,24 +54,36 @@ OVERRIDDEN = (
 CALLED = {
     "vllm.engine.arg_utils.EngineArgs.add_cli_args": ("parser",),
     "vllm.engine.arg_utils.EngineArgs.create_engine_config": ("self",),
+    "vllm.entrypoints.generate.beam_search.offline.BeamSearchOfflineMixin.beam_search": (
+        "self",
+        "prompts",
+        "params",
+    ),
     "vllm.entrypoints.generate.beam_search.online.BeamSearchOnlineMixin.beam_search": (
         "self",
         "prompt",
         "request_id",
         "params",
     ),
+    "vllm.entrypoints.launchers.app.init_entrypoints_middleware": ("args", "app"),
+    "vllm.entrypoints.launchers.run_batch.run_request": ("serving_engine_func", "request"),
     "vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest"
     ".to_beam_search_params": ("self",),
     "vllm.entrypoints.openai.completion.protocol.CompletionRequest.to_beam_search_params": (
         "self",
     ),
-    "vllm.entrypoints.serve.utils.api_utils.get_max_tokens": (
-        "max_model_len",
-        "max_tokens",
-        "input_length",
-        "default_sampling_params",
-        "override_max_tokens",
+    "vllm.entrypoints.openai.responses.serving.OpenAIServingResponses"
+    "._generate_with_builtin_tools": (
+        "self",
+        "request_id",
+        "engine_input",
+        "sampling_params",
     ),
+    "vllm.entrypoints.serve.exception_handling.error_response.create_error_response": ("message",),
+    "vllm.entrypoints.speech_to_text.transcription.protocol.TranscriptionRequest"
+    ".to_beam_search_params": ("self",),
+    "vllm.entrypoints.speech_to_text.translation.protocol.TranslationRequest"
+    ".to_beam_search_params": ("self",),
     "vllm.renderers.inputs.preprocess.conversation_to_seq": ("conversation_or_conversations",),
     "vllm.entrypoints.common.offline.OfflineInferenceMixin._add_chat_requests": (
         "self",
@@ -92,7 +104,14 @@ CALLED = {
         "request",
         "messages",
     ),
-    "vllm.renderers.online_renderer.OnlineRenderer.preprocess_completion": ("self", "request"),
+    "vllm.v1.engine.async_llm.AsyncLLM.generate": ("self", "prompt", "sampling_params"),
+    "vllm.v1.engine.async_llm.AsyncLLM._add_streaming_input_request": (
+        "self",
+        "request_id",
+        "input_stream",
+        "sampling_params",
+    ),
+    "vllm.v1.engine.llm_engine.LLMEngine.add_request": ("self", "request_id", "prompt", "params"),
     "vllm.v1.engine.input_processor.InputProcessor.process_inputs": ("self",),
     "vllm.v1.attention.backends.registry.AttentionBackendEnum.register": ("cls", "name", "value"),
     "vllm.v1.attention.backends.registry.register_backend": ("backend", "class_path"),

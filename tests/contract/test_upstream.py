@@ -5,12 +5,22 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import re
 from typing import Any
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.common.offline import OfflineInferenceMixin
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMClientError
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.sampling_params import BeamSearchParams
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -47,6 +57,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_semantic.engine.manager import SemanticManager
 from vllm_semantic.engine.metrics import KVPolicyStatLogger
+from vllm_semantic.engine.refusal import KVPolicyError
 from vllm_semantic.engine.scheduler import AsyncSemanticScheduler, SemanticScheduler
 from vllm_semantic.engine.spec import SemanticSpec
 from vllm_semantic.engine.worker import SemanticWorker
@@ -73,6 +84,43 @@ def test_requests_are_checked_where_prompt_and_parameters_meet() -> None:
     )
     assert "parser" in parameters(OnlineRenderer.preprocess_chat)
     assert "self.config = config" in inspect.getsource(BaseRenderer.__init__)
+
+
+def test_errors_of_the_engines_client_keep_their_status() -> None:
+    """Why there is an error of our own: any other becomes a 500."""
+    assert "except (VLLMClientError, GracefulHTTPError)" in inspect.getsource(
+        inspect.unwrap(AsyncLLM.generate)
+    )
+    assert issubclass(KVPolicyError, VLLMClientError)
+    assert create_error_response(KVPolicyError("a")).error.code == 400
+
+
+def test_generators_are_asked_for_before_an_answer_begins() -> None:
+    for serve in (
+        OpenAIServingChat._create_chat_completion,
+        OpenAIServingCompletion._create_completion,
+        OpenAIServingResponses._create_responses,
+        ServingTokens.serve_tokens,
+    ):
+        source = inspect.getsource(serve)
+        asks = re.search(r"(engine_client.generate|_generate_with_builtin_tools)\(", source)
+        assert asks, serve
+        assert asks.start() < source.index("stream_generator(")
+
+
+def test_a_beam_search_asks_the_engine_of_its_owner() -> None:
+    assert "self.engine_client.generate(" in inspect.getsource(
+        inspect.unwrap(BeamSearchOnlineMixin.beam_search)
+    )
+    assert "self.llm_engine.add_request(" in inspect.getsource(OfflineInferenceMixin)
+    params = BeamSearchParams(beam_width=1, max_tokens=1)
+    params.extra_args = {}  # type: ignore[attr-defined]
+
+
+def test_a_waiting_request_can_end_with_an_error() -> None:
+    source = inspect.getsource(Scheduler.update_from_output)
+    ends = source.index("set(self.grammar_compile_error_reqs)")
+    assert "RequestStatus.FINISHED_ERROR" in source[ends:]
 
 
 def test_plugins_are_loaded_before_the_parser_is_built() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from vllm import SamplingParams
 
-from ..engines import engine, manager_of, scheduler_of
+from ..engines import engine, manager_of, scheduler_of, worker_of
 from ..models import make_llama, random_prompts
 from ..platforms import schedules_ahead
 
@@ -85,7 +85,7 @@ def test_a_context_of_a_million_on_64_blocks(tmp_path: Path) -> None:
         ) as llm:
             outputs = llm.generate(prompts, params, use_tqdm=False)
             results.append([output.outputs[0].token_ids for output in outputs])
-            worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+            worker = worker_of(llm)
             (builder,) = worker._builders
             assert builder.buffers.block_table.shape == (8, MOST_BLOCKS)
             assert llm.trace.num_preemptions == 0

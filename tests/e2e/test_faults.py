@@ -27,6 +27,7 @@ from ..engines import (
     reset_trace,
     scheduler_of,
     take_fallbacks,
+    worker_of,
 )
 from ..faulty import SpoiltPolicy
 from ..models import random_prompts
@@ -193,7 +194,7 @@ def test_lost_scores(
     llm: Any, by_age: Result, monkeypatch: pytest.MonkeyPatch, errors: list[str]
 ) -> None:
     """Steps come back without them: nobody waits, and nobody grows."""
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    worker = worker_of(llm)
     sample = worker.sample_tokens
 
     def without_scores(*args: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from ..engines import engine
+from ..engines import engine, worker_of
 from ..models import random_prompts
 
 pytestmark = pytest.mark.cpu_build("on a GPU graphs are captured: tests/gpu/test_graphs.py")
@@ -29,7 +29,7 @@ def run(llm: Any) -> list[Any]:
 
 
 def builders_of(llm: Any) -> list[Any]:
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    worker = worker_of(llm)
     return list(worker._builders)
 
 
@@ -58,7 +58,7 @@ def test_every_step_goes_through_the_same_memory(num_groups: int, llama: str) ->
 
 def following(build: Any, seen: list[Any], *args: Any, **kwargs: Any) -> Any:
     metadata = build(*args, **kwargs)
-    seen.append((metadata.block_table, metadata.seq_lens, *metadata.kept_queries))
+    seen.append((metadata.block_table, metadata.seq_lens, metadata.query_places))
     return metadata
 
 
@@ -82,7 +82,6 @@ def test_capturing_marks_the_builder(llama: str) -> None:
         assert builder.captured
         assert metadata.block_table.data_ptr() == builder.buffers.block_table.data_ptr()
         assert metadata.seq_lens.data_ptr() == builder.buffers.seq_lens.data_ptr()
-        for rows, buffer in zip(metadata.kept_queries, builder.buffers.query_rows, strict=True):
-            assert rows.data_ptr() == buffer.data_ptr()
-        # No request is running: what the graph keeps goes where nobody looks.
-        assert set(metadata.kept_queries.rows.tolist()) == {builder.buffers.windows.spare_row}
+        assert metadata.query_places.data_ptr() == builder.buffers.query_places.data_ptr()
+        # No request is running: the graph's kernels find that there is nothing to keep.
+        assert metadata.query_places[0].tolist() == [0, 0]

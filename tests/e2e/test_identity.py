@@ -12,7 +12,7 @@ from vllm import SamplingParams
 from vllm_semantic.hooks import SCHEDULERS
 
 from .. import interpreter
-from ..engines import engine, manager_of, scheduler_of
+from ..engines import engine, manager_of, scheduler_of, worker_of
 from ..models import random_prompts
 from ..platforms import on_gpu, schedules_ahead
 
@@ -68,7 +68,7 @@ def qualname(of: Any) -> str:
 def test_policy_runs_where_it_says(llama: str) -> None:
     """The scheduler, worker, runner and backend in use are the ones that were hooked."""
     with engine(llama, policy="semantic") as llm:
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        worker = worker_of(llm)
         scheduler = scheduler_of(llm)
         assert qualname(scheduler) == SCHEDULERS[schedules_ahead()]
         if on_gpu():
@@ -93,7 +93,7 @@ def test_policy_runs_where_it_says(llama: str) -> None:
 def test_no_policy_is_stock_vllm(llama: str) -> None:
     """In the process where policies have just run, an engine without one has no trace of them."""
     with engine(llama) as llm:
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        worker = worker_of(llm)
         (group,) = worker.model_runner.attn_groups[0]
         names = [
             type(scheduler_of(llm)).__module__,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from vllm import SamplingParams
 
-from ..engines import engine, manager_of, scheduler_of
+from ..engines import engine, manager_of, scheduler_of, worker_of
 from ..models import make_llama, make_prequantised, random_prompts
 from ..oracle import Case, judge
 from ..platforms import eviction_delay
@@ -46,7 +46,7 @@ def answers(completions: list[Any]) -> list[tuple[list[int], list[float]]]:
 
 def linear_weights(llm: Any) -> dict[str, Any]:
     """The decoder's linear weights, as they lie in memory."""
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    worker = worker_of(llm)
     parameters = worker.get_model().named_parameters()
     return {name: parameter for name, parameter in parameters if "_proj" in name}
 

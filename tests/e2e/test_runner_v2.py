@@ -25,8 +25,10 @@ Run = subprocess.CompletedProcess[str]
 SUITES = {
     "kernels": [
         "tests/interpreted/test_scoring.py",
+        "tests/interpreted/test_queries.py",
         "tests/unit/test_held_blocks.py",
         "tests/unit/test_scorer.py",
+        "tests/unit/test_reserved_memory.py",
     ],
     "backend": [
         "tests/interpreted/test_triton_attn.py",

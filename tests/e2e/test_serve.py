@@ -258,50 +258,6 @@ def test_a_bad_policy_is_a_bad_request(
     test_chat(server)
 
 
-FULL = {"kv_policy": "full"}
-TOO_LONG: dict[str, dict[str, Any]] = {
-    "/v1/completions": {"prompt": "word " * 100, "max_tokens": 400, "vllm_xargs": FULL},
-    "/v1/chat/completions": {
-        "messages": [{"role": "user", "content": "word " * 100}],
-        "vllm_xargs": FULL,
-    },
-    "/v1/responses": {"input": "word " * 100, "max_output_tokens": 400, "vllm_xargs": FULL},
-}
-"""Prompts that fit into the full cache with answers that do not, or may be of any length."""
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("route", TOO_LONG)
-def test_an_answer_too_long_is_a_bad_request(route: str, stream: bool, server: Server) -> None:
-    body = {"model": server.model, "stream": stream, **TOO_LONG[route]}
-    answer = httpx.post(f"{server.url}{route}", json=body, timeout=60)
-    assert answer.status_code == 400, answer.text
-    assert "kv_policy {'name': 'full'} keeps" in answer.text
-    test_chat(server)
-
-
-def test_beams_run_under_the_policy_of_their_search(server: Server, repo: Path) -> None:
-    def evicted(policy: str) -> float:
-        labels = f'{{engine="0",model_name="{server.model}",policy="{policy}"}}'
-        return server.metric(f"vllm:kv_policy_evicted_blocks_total{labels}")
-
-    before = {policy: evicted(policy) for policy in ("streaming", "semantic")}
-    asked = json.dumps({"name": "streaming", "sink_tokens": 32, "recent_tokens": 64})
-    body = {
-        "model": server.model,
-        "prompt": long_text(repo, 2400),
-        "max_tokens": 3,
-        "n": 2,
-        "use_beam_search": True,
-        "vllm_xargs": {"kv_policy": asked},
-    }
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
-    assert answer.status_code == 200, answer.text
-    server.wait_until_idle()
-    assert evicted("streaming") > before["streaming"]
-    assert evicted("semantic") == before["semantic"]
-
-
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     json_values

@@ -162,7 +162,8 @@ class PagedWorker:
             for request_id, (_, end, _) in spans.items():
                 self._read(group, request_id, requests[request_id], end)
         if step.keeps_queries:
-            self._keep_queries({r: (start, end) for r, (start, end, _) in spans.items()})
+            kept = {r: (start, end) for r, (start, end, _) in spans.items()}
+            self._keep_queries(step.keeps_queries, kept)
         result = ModelRunnerOutput(
             req_ids=list(spans),
             req_id_to_index={request_id: i for i, request_id in enumerate(spans)},
@@ -199,13 +200,15 @@ class PagedWorker:
             assert columns[:num_kept].tolist() == kept[:num_kept]
             assert num_tokens <= len(kept) * self.block_size
 
-    def _keep_queries(self, spans: dict[str, tuple[int, int]]) -> None:
+    def _keep_queries(self, wanted: set[str], spans: dict[str, tuple[int, int]]) -> None:
+        assert wanted <= spans.keys()
         starts = np.cumsum([0, *(end - start for start, end in spans.values())])
         ends = np.array([end for _, end in spans.values()])
-        sources, rows = self.windows.place(list(spans), starts, ends)
+        places = self.windows.place(wanted, list(spans), starts, ends)
         batch = [(r, i) for r, (start, end) in spans.items() for i in range(start, end)]
-        assert len(set(rows)) == len(rows), "two queries in one place"
-        for source, row in zip(sources, rows, strict=True):
+        assert len({row for _, row in places}) == len(places), "two queries in one place"
+        for source, row in places:
+            assert batch[source][0] in wanted
             self.queries[row] = batch[source]
 
     def _check_window(self, request_id: str, end: int, num_queries: int) -> None:

@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 
-from vllm_semantic.ops.kernels import scoring
+from vllm_semantic.ops.kernels import queries, scoring
 
 ARCHITECTURES = [80, 90, 100]
 
@@ -81,4 +81,20 @@ def test_attention_scores_compile(capability: int, keys: str, head_size: int) ->
         BLOCK_SIZE=16,
         PADDED_BLOCK_SIZE=16,
         KERNEL_BLOCKS=1,
+    )
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_keeping_queries_compiles(capability: int, dtype: str) -> None:
+    strides = dict.fromkeys(("query_stride_token", "query_stride_head"), "i32")
+    compiles(
+        queries.keep_queries_kernel,
+        strides
+        | {"query_stride_channel": "i32", "places": "*i64"}
+        | {"rings": f"*{dtype}", "queries": f"*{dtype}"},
+        capability,
+        HEAD_SIZE=80,
+        ROW=32 * 80,
+        ELEMENTS=queries.ELEMENTS,
     )

@@ -11,19 +11,25 @@ from vllm_semantic.engine.query_windows import QueryWindows
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.integers(1, 9), st.lists(st.tuples(st.integers(1, 20), st.integers(0, 30)), max_size=6))
-def test_the_last_queries_of_each_request_are_kept(
-    num_queries: int, batch: list[tuple[int, int]]
+@given(
+    st.integers(1, 9),
+    st.lists(st.tuples(st.integers(1, 20), st.integers(0, 30), st.booleans()), max_size=6),
+)
+def test_the_last_queries_of_each_request_are_kept_where_they_are_wanted(
+    num_queries: int, batch: list[tuple[int, int, bool]]
 ) -> None:
     windows = QueryWindows(num_queries, max_num_reqs=6)
     names = [str(i) for i in range(len(batch))]
-    starts = np.cumsum([0, *(new for new, _ in batch)])
-    ends = np.array([new + before for new, before in batch])
-    sources, rows = windows.place(names, starts, ends)
-    kept = dict(zip(rows.tolist(), sources.tolist(), strict=True))
-    assert len(kept) == len(rows) == sum(min(new, num_queries) for new, _ in batch)
-    assert windows.spare_row not in kept
-    for i, (new, _) in enumerate(batch):
+    wanted = {name for name, (*_, looked_at) in zip(names, batch, strict=True) if looked_at}
+    starts = np.cumsum([0, *(new for new, *_ in batch)])
+    ends = np.array([new + before for new, before, _ in batch])
+    places = windows.place(wanted, names, starts, ends)
+    kept = {row: source for source, row in places.tolist()}
+    assert len(kept) == len(places) == sum(min(new, num_queries) * w for new, _, w in batch)
+    assert all(0 <= row < windows.num_rows for row in kept)
+    for i, (new, _, looked_at) in enumerate(batch):
+        if not looked_at:
+            continue
         end = int(ends[i])
         shown = windows.window(names[i], end, num_queries)
         assert len(shown) == min(num_queries, end)

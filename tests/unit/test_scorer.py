@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_semantic.engine import scorer
-from vllm_semantic.engine.backend import CapturingImpl, KeptQueries
+from vllm_semantic.engine.backend import CapturingImpl
 from vllm_semantic.engine.cached_kv import CachedKV
 from vllm_semantic.engine.query_windows import QueryWindows
 from vllm_semantic.engine.scorer import BlockScorer, ScoredLayers
@@ -117,9 +117,17 @@ def test_many_blocks_are_gathered_a_few_layers_at_a_time(monkeypatch: pytest.Mon
     stack = [random_layers(5)]
     asked = {0: {"a": ScoreRequest(TOVAPolicy(), 20, [0, 1, 4], [2, 3, 4])}}
     expected = BlockScorer({0: stack}, windows())(asked).collect()
+    seen: list[int] = []
+
+    class Looking(TOVAPolicy):
+        def score(self, view: BlockView) -> torch.Tensor:
+            seen.append(len(view.keys))
+            return super().score(view)
+
     monkeypatch.setattr(scorer, "MAX_GATHERED", 2 * 3 * BLOCK_SIZE * 2 * HEAD_SIZE)
-    parts = list(BlockScorer({0: stack}, windows())._parts(stack[0], 3))
-    assert [len(part.queries) for part in parts] == [2, 2, 1]
+    looking = {0: {"a": ScoreRequest(Looking(), 20, [0, 1, 4], [2, 3, 4])}}
+    assert BlockScorer({0: stack}, windows())(looking).collect() == expected
+    assert seen == [2, 2, 1]
     assert BlockScorer({0: stack}, windows())(asked).collect() == expected
 
 
@@ -224,10 +232,12 @@ def test_the_newest_queries_of_each_request_are_kept(dtype: torch.dtype) -> None
     impl = CapturingAttention()
     buffer = impl.newest_queries = layers.queries[1].to(dtype)
     query = torch.randn(9, 4, HEAD_SIZE).to(dtype)
-    kept = KeptQueries(torch.tensor([0, 4, 5, 8]), torch.tensor([3, 1, 2, 12]))
-    for queries in (None, kept):
+    # What lies behind the first four was kept in an earlier step.
+    kept = torch.tensor([[4, 0], [0, 3], [4, 1], [5, 2], [8, 12], [1, 5]])
+    nothing = torch.tensor([[0, 0], [0, 3]])
+    for places in (None, nothing, kept):
         assert (buffer == 7.0).all(), "nothing is copied that was not asked for"
-        metadata = SimpleNamespace(kept_queries=queries)
+        metadata = SimpleNamespace(query_places=places)
         assert impl.forward(None, query, None, None, None, metadata, None) == "attended"
     assert torch.equal(buffer[[3, 1, 2, 12]], query[[0, 4, 5, 8]])
     buffer[[3, 1, 2, 12]] = 7.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ..hooks import WRAPPED_BACKENDS
+from ..ops.queries import keep_queries
 from .held_blocks import HeldRows
 from .query_windows import QueryWindows
 
@@ -26,15 +27,8 @@ HeldRowsOf = Callable[[CommonAttentionMetadata], "HeldRows | None"]
 """Says which entries of their block tables the rows of a batch hold; ``None`` for all."""
 
 QueryRows = Callable[[CommonAttentionMetadata], "np.ndarray | None"]
-"""Says which queries of a batch to keep and where, see ``QueryWindows.place``; ``None`` for a
-batch that is no step."""
-
-
-class KeptQueries(NamedTuple):
-    """Which queries of a step go to which rows of the buffers, each ``[num_kept]`` int64."""
-
-    sources: torch.Tensor
-    rows: torch.Tensor
+"""Says which queries of a batch to keep and where, see ``QueryWindows.place``; ``None`` for
+none."""
 
 
 class StepBuffers:
@@ -62,8 +56,27 @@ class StepBuffers:
             max_num_reqs, max_num_blocks, dtype=torch.int32, device=device
         )
         self.seq_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
-        num_rows = 0 if windows is None else windows.spare_row
-        self.query_rows = torch.zeros(2, num_rows, dtype=torch.int64, device=device)
+        num_rows = 0 if windows is None else windows.num_rows
+        self.query_places = torch.zeros(1 + num_rows, 2, dtype=torch.int64, device=device)
+        """See :func:`~..ops.queries.keep_queries`."""
+        self.num_kept = 0
+        """What :attr:`query_places` says on the device."""
+
+    def place_queries(self, places: np.ndarray | None) -> None:
+        """Say which queries of the step to keep.
+
+        Args:
+            places: ``[num_kept, 2]``, see ``QueryWindows.place``; ``None`` for none.
+        """
+        num_kept = 0 if places is None else len(places)
+        if num_kept or self.num_kept:
+            rows = np.zeros((1 + num_kept, 2), dtype=np.int64)
+            rows[0, 0] = num_kept
+            if places is not None:
+                rows[1:] = places
+            device = self.query_places.device
+            self.query_places[: len(rows)].copy_(async_tensor_h2d(rows, device, torch.int64))
+        self.num_kept = num_kept
 
 
 class CompactingBuilder:
@@ -81,9 +94,6 @@ class CompactingBuilder:
     query_rows: QueryRows
     """Written by the worker with :attr:`buffers`."""
 
-    keeps_queries = False
-    """Whether queries are needed. Written by the worker before each step."""
-
     captured = False
     """Whether a CUDA graph reads the buffers, in every step from then on."""
 
@@ -93,42 +103,26 @@ class CompactingBuilder:
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Any:
-        common, kept_queries = common_attn_metadata, None
+        common, query_places = common_attn_metadata, None
         if self.buffers is not None:
             held = self.held_rows(common)
             if held is not None:
                 common = self._compact(common, self.buffers, held)
             elif self.captured:
                 common = self._stage(common, self.buffers)
-            windows = self.buffers.windows
-            if windows is not None and (self.keeps_queries or self.captured):
-                kept_queries = self._kept_queries(
-                    common_attn_metadata, self.buffers.query_rows, windows.spare_row
-                )
+            if self.buffers.windows is not None:
+                self.buffers.place_queries(self.query_rows(common_attn_metadata))
+                if self.buffers.num_kept or self.captured:
+                    query_places = self.buffers.query_places
         metadata = super().build(  # type: ignore[misc]
             common_prefix_len, common, fast_build
         )
-        metadata.kept_queries = kept_queries
+        metadata.query_places = query_places
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         self.captured = True
         return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
-
-    def _kept_queries(
-        self, common: CommonAttentionMetadata, buffer: torch.Tensor, spare_row: int
-    ) -> KeptQueries:
-        """Rows in a fixed buffer; what a CUDA graph reads beyond them goes to the spare row."""
-        rows = self.query_rows(common) if self.keeps_queries else None
-        num_kept = 0 if rows is None else rows.shape[1]
-        num_read = min(common.num_actual_tokens, buffer.shape[1]) if self.captured else num_kept
-        places = np.zeros((2, num_read), dtype=np.int64)
-        places[1] = spare_row
-        if rows is not None:
-            places[:, :num_kept] = rows
-        staged = buffer[:, :num_read]
-        staged.copy_(async_tensor_h2d(places, staged.device, torch.int64))
-        return KeptQueries(staged[0], staged[1])
 
     def _compact(
         self, common: CommonAttentionMetadata, buffers: StepBuffers, held: HeldRows
@@ -196,17 +190,12 @@ class CapturingImpl:
         **kwargs: Any,
     ) -> torch.Tensor:
         if self.newest_queries is not None and attn_metadata is not None:
-            kept = attn_metadata.kept_queries
-            if kept is not None:
-                self.keep_queries(query, kept)
+            places = attn_metadata.query_places
+            if places is not None:
+                keep_queries(self.newest_queries, query, places)
         return super().forward(  # type: ignore[misc, no-any-return]
             layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
         )
-
-    def keep_queries(self, query: torch.Tensor, kept: KeptQueries) -> None:
-        """Copy queries to where the scorer, and a CUDA graph, look for them."""
-        assert self.newest_queries is not None
-        self.newest_queries.index_copy_(0, kept.rows, query.index_select(0, kept.sources))
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import cached_property
 from typing import NamedTuple
 
@@ -17,6 +18,13 @@ class Places(NamedTuple):
 
     keys: torch.Tensor
     values: torch.Tensor
+
+
+class Order(Enum):
+    """In which the elements of a head's keys, or values, of a block lie in memory."""
+
+    BY_TOKEN = auto()
+    BY_CHANNEL = auto()
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,11 @@ class CachedKV:
 
     places: Places | None = None
     """``None``: a key lies next to its value. Else all of a head's keys come first."""
+
+    @property
+    def block_numel(self) -> int:
+        """Elements of the keys of one block of the block manager, in one layer."""
+        return self.kernel_blocks * self.kv_cache[0, 0].numel() // 2
 
     @cached_property
     def keys(self) -> torch.Tensor | None:
@@ -66,14 +79,32 @@ class CachedKV:
     def _view(self, which: int) -> torch.Tensor | None:
         if self.places is None:
             return self.kv_cache.unflatten(4, (2, self.head_size))[..., which, :]
-        places, block_size = self.places[which], self.kv_cache.shape[3]
-        in_order = torch.arange(len(places))
-        if torch.equal(places, in_order):
-            return self._packed(which).unflatten(3, (block_size, self.head_size))
-        if torch.equal(places, in_order.view(self.head_size, block_size).t().flatten()):
-            channel_by_channel = self._packed(which).unflatten(3, (self.head_size, block_size))
-            return channel_by_channel.transpose(3, 4)
+        return self._unpacked(which, self._packed(which))
+
+    def _unpacked(self, which: int, packed: torch.Tensor) -> torch.Tensor | None:
+        """What :meth:`_packed` gives, or some of its blocks, as a view by token and channel."""
+        block_size = self.kv_cache.shape[3]
+        match self._orders[which]:
+            case Order.BY_TOKEN:
+                return packed.unflatten(3, (block_size, self.head_size))
+            case Order.BY_CHANNEL:
+                return packed.unflatten(3, (self.head_size, block_size)).transpose(3, 4)
         return None
+
+    @cached_property
+    def _orders(self) -> tuple[Order | None, ...]:
+        """Of keys and of values, where the kernels have one."""
+        assert self.places is not None
+        by_token = torch.arange(len(self.places.keys))
+        by_channel = by_token.view(self.head_size, -1).t().flatten()
+        return tuple(
+            Order.BY_TOKEN
+            if torch.equal(places, by_token)
+            else Order.BY_CHANNEL
+            if torch.equal(places, by_channel)
+            else None
+            for places in self.places
+        )
 
     def _packed(self, which: int) -> torch.Tensor:
         """A head's keys, or values, of one block in the kernels' order."""
@@ -88,11 +119,15 @@ class CachedKV:
         return found.unflatten(1, (-1, self.kernel_blocks)).transpose(2, 3).flatten(3, 4)
 
     def _gather_kernel_blocks(self, which: int, kernel_ids: torch.Tensor) -> torch.Tensor:
-        view = self.values if which else self.keys
-        if view is not None:
+        if self.places is None:
+            view = self.values if which else self.keys
+            assert view is not None
             return view[:, kernel_ids]
-        assert self.places is not None
+        # Whole blocks as they lie in memory: the fastest copy there is.
         packed = self._packed(which)[:, kernel_ids]
+        unpacked = self._unpacked(which, packed)
+        if unpacked is not None:
+            return unpacked
         shape = (self.kv_cache.shape[3], self.head_size)
         return packed.index_select(3, self.places[which]).unflatten(3, shape)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ class QueryWindows:
 
     def __init__(self, num_queries: int, max_num_reqs: int) -> None:
         self.num_queries = num_queries
-        self.spare_row = max_num_reqs * num_queries
-        """Where a padded batch writes what nobody reads."""
+        self.num_rows = max_num_reqs * num_queries
+        """Of all rings together."""
         self._free = list(range(max_num_reqs - 1, -1, -1))
         self._rings: dict[str, int] = {}
 
@@ -34,32 +34,37 @@ class QueryWindows:
         device: torch.device,
     ) -> torch.Tensor:
         """Rows for layers of one shape, ``[num_layers, num_rows, num_heads, head_size]``."""
-        shape = (num_layers, self.spare_row + 1, num_heads, head_size)
+        shape = (num_layers, self.num_rows, num_heads, head_size)
         return torch.zeros(shape, dtype=dtype, device=device)
 
     def place(
-        self, request_ids: Sequence[str], query_starts: np.ndarray, seq_lens: np.ndarray
+        self,
+        wanted: Collection[str],
+        request_ids: Sequence[str],
+        query_starts: np.ndarray,
+        seq_lens: np.ndarray,
     ) -> np.ndarray:
         """Where a step's queries go.
 
         Args:
+            wanted: requests whose queries will be looked at.
             request_ids: the batch's requests, row by row.
             query_starts: ``[num_reqs + 1]``, first token of each in the batch.
             seq_lens: ``[num_reqs]``, tokens of each once the step has run, evicted ones too.
 
         Returns:
-            ``[2, num_kept]`` int64: rows of the step's query tensor, rows of the buffers.
+            ``[num_kept, 2]`` int64: rows of the step's query tensor, rows of the buffers.
         """
-        num_reqs = len(request_ids)
-        rings = np.fromiter((self._ring(of) for of in request_ids), np.int64, num_reqs)
-        ends = query_starts[1 : num_reqs + 1].astype(np.int64)
-        kept = np.minimum(ends - query_starts[:num_reqs], self.num_queries)
+        batch = [i for i, request_id in enumerate(request_ids) if request_id in wanted]
+        rings = np.array([self._ring(request_ids[i]) for i in batch], np.int64)
+        ends = query_starts[1:][batch].astype(np.int64)
+        kept = np.minimum(ends - query_starts[batch], self.num_queries)
         # For each kept query: how many of its request's are kept before it.
         before = np.arange(kept.sum()) - np.repeat(kept.cumsum() - kept, kept)
         sources = np.repeat(ends - kept, kept) + before
-        tokens = np.repeat(seq_lens[:num_reqs] - kept, kept) + before
+        tokens = np.repeat(seq_lens[batch] - kept, kept) + before
         rows = np.repeat(rings, kept) * self.num_queries + tokens % self.num_queries
-        return np.stack([sources, rows])
+        return np.column_stack([sources, rows])
 
     def newest_row(self, request_id: str, num_tokens: int) -> int:
         """The row of the query of token ``num_tokens - 1``."""

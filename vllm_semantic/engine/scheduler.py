@@ -16,6 +16,7 @@ from ..messages import (
     attach_step,
     extra_args_of,
     note_turn,
+    policy_of,
     scores_of,
     scoring_seconds_of,
     step_of,
@@ -67,9 +68,14 @@ class KVPolicyMixin(Scheduler):
 
     def add_request(self, request: Request) -> None:
         """Take a request in, under the policy it asked for."""
-        if request.request_id not in self.requests:
-            attach_policy(request, self._choose_policy(request))
+        if request.request_id in self.requests:  # a session's next chunk
+            super().add_request(request)
+            return
+        policy = self._choose_policy(request, extra_args_of(request).get(REQUEST_KEY))
+        attach_policy(request, policy or self.served_policies.default)
         super().add_request(request)
+        if policy is None:
+            self._end_with_error(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step; tell the workers what was evicted and what to score."""
@@ -116,8 +122,11 @@ class KVPolicyMixin(Scheduler):
                     attach_changes(scheduler_stats, policy, stats)
         return scheduler_stats
 
-    def _choose_policy(self, request: Request) -> KVPolicy:
-        asked = extra_args_of(request).get(REQUEST_KEY)
+    def _choose_policy(self, request: Request, asked: Any) -> KVPolicy | None:
+        """What a request asks for; ``None`` where it may not have it.
+
+        That is refused by now, if the request came through vLLM's ``InputProcessor``.
+        """
         if asked is None:
             return self.served_policies.default
         try:
@@ -125,9 +134,12 @@ class KVPolicyMixin(Scheduler):
                 asked, self._policy_block_size, request.num_prompt_tokens, request.max_tokens
             )
         except ValueError as error:
-            # Refused by now, if the request came through vLLM's InputProcessor.
-            logger.error("Request %s runs under the default policy: %s", request.request_id, error)
-            return self.served_policies.default
+            logger.error("Request %s ends with an error: %s", request.request_id, error)
+            return None
+
+    def _end_with_error(self, request: Request) -> None:
+        """End a request that is waiting in the next step, as vLLM does where a grammar fails."""
+        self.grammar_compile_error_reqs.add(request.request_id)
 
     def _count_scoring(self, step: KVPolicyStep, seconds: float) -> None:
         """Share the time of a step among its requests' policies, by the blocks that were scored."""
@@ -139,7 +151,7 @@ class KVPolicyMixin(Scheduler):
             stats.scoring_microseconds += round(1e6 * seconds * part)
 
     def _ask_for_scores(self, step: KVPolicyStep, output: SchedulerOutput) -> None:
-        """What the workers have to score after the step, and whether to keep its queries."""
+        """What the workers have to score after the step, and whose queries they have to keep."""
         points = self._points_manager
         for request_id, num_new in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
@@ -147,7 +159,8 @@ class KVPolicyMixin(Scheduler):
             end = request.num_computed_tokens
             if end <= points.quiet_until.get(request_id, 0):
                 continue
-            step.keeps_queries |= points.keeps_queries(request, end - num_new, num_new)
+            if points.keeps_queries(request, end - num_new, num_new):
+                step.keeps_queries.add(request_id)
             for group_id, manager in self.kv_policy_managers.items():
                 asked = manager.score_request(request, end)
                 if asked is None:  # in no group, then
@@ -160,6 +173,20 @@ class KVPolicyMixin(Scheduler):
         super()._update_request_as_session(session, update)
         self.kv_cache_manager.forget(session.request_id)
         self._points_manager.forget_points(session.request_id)
+        began_with = policy_of(session, self.served_policies.default)
+        before = self.served_policies.to_request(began_with)
+        policy = self._choose_policy(session, extra_args_of(session).get(REQUEST_KEY, before))
+        if policy != began_with:
+            if policy is not None:
+                logger.error(
+                    "Request %s ends with an error: %s %s in a later chunk of a session; "
+                    "allowed: %s, the policy that it began with",
+                    session.request_id,
+                    REQUEST_KEY,
+                    self.served_policies.to_request(policy),
+                    before,
+                )
+            self._end_with_error(session)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int

@@ -14,9 +14,10 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from ..messages import BlockScores, ScoreRequest
 from ..ops.cached_blocks import CachedBlocks
+from ..ops.platform import runs_triton
 from ..policies import BlockView, KVPolicy
 from ..policies.check import POLICY_ERRORS
-from ..policies.trial import checked_scores
+from ..policies.trial import AttentionShape, checked_scores
 from .cached_kv import CachedKV
 from .query_windows import QueryWindows
 
@@ -27,6 +28,9 @@ _T = TypeVar("_T")
 MAX_GATHERED = 1 << 25
 """Elements of keys that are gathered at once, 128 MiB in fp32; layers are split to stay below."""
 
+MAX_LOGITS = 1 << 24
+"""Numbers that kernels write for one head, query and block each, 64 MiB; split likewise."""
+
 
 @dataclass(frozen=True)
 class ScoredLayers:
@@ -36,6 +40,33 @@ class ScoredLayers:
     queries: torch.Tensor  # [num_layers, num_rows, num_heads, head_size], see QueryWindows
     scale: float
     """What these layers multiply a dot product with."""
+
+
+def scratch_bytes(
+    policy: KVPolicy, num_layers: int, num_blocks: int, shape: AttentionShape, device: torch.device
+) -> int:
+    """An upper bound of what scoring takes while it runs.
+
+    Args:
+        policy: that scores.
+        num_layers: scored in one step.
+        num_blocks: scored in one step, of all requests.
+        shape: of these layers.
+        device: of the KV cache.
+    """
+    if has_kernel(policy) and runs_triton(device):
+        of_layer = num_blocks * shape.num_heads * policy.num_queries
+        # The kernels' numbers, and once more what they are compared with.
+        return 2 * 4 * min(num_layers * of_layer, max(MAX_LOGITS, of_layer))
+    # Keys and values as cached and in fp32, keys once more head by head, and three of the weights
+    # that attention gives to each key.
+    weights = shape.num_heads * policy.num_queries / (shape.num_kv_heads * shape.head_size)
+    return int(4 * MAX_GATHERED * (5 + 3 * weights))
+
+
+def has_kernel(policy: KVPolicy) -> bool:
+    """Whether a policy may score blocks in the cache itself."""
+    return type(policy).score_cached is not KVPolicy.score_cached
 
 
 class PendingScores:
@@ -103,6 +134,8 @@ class BlockScorer:
         self.mean_over_ranks = mean_over_ranks
         self.failed: set[str] = set()
         """Requests whose scoring has failed, and was logged."""
+        self._no_kernel: set[type[KVPolicy]] = set()
+        """Policies whose kernels do not run here."""
 
     def __call__(
         self,
@@ -176,7 +209,7 @@ class BlockScorer:
         self, policy: KVPolicy, group: Sequence[ScoredLayers], asked: Mapping[str, ScoreRequest]
     ) -> torch.Tensor | None:
         """All requests by the policy's kernel, if it has one: means over layers."""
-        if type(policy).score_cached is KVPolicy.score_cached:
+        if not has_kernel(policy) or type(policy) in self._no_kernel:
             return None
         places: list[list[int]] = [[], [], []]
         windows, full = [], []
@@ -191,8 +224,12 @@ class BlockScorer:
         device = group[0].queries.device
         block_ids, requests, indices = async_tensor_h2d(places, device, torch.int64)
         rows = async_tensor_h2d(windows, device, torch.int64)
+
+        def num_logits(layers: ScoredLayers) -> int:
+            return len(block_ids) * layers.queries.shape[2] * policy.num_queries
+
         scores = []
-        for layers in group:
+        for layers in _some_at_once(group, num_logits, MAX_LOGITS):
             keys = layers.cache.keys
             if keys is None:
                 return None
@@ -210,6 +247,7 @@ class BlockScorer:
             )
             of_layers = policy.score_cached(cached)
             if of_layers is None:
+                self._no_kernel.add(type(policy))
                 return None
             scores.append(checked_scores(of_layers, len(keys), len(block_ids), device))
         means = torch.cat(scores).mean(0)
@@ -226,20 +264,23 @@ class BlockScorer:
             [request.held_indices, request.block_ids], device, torch.int64
         )
         rows = async_tensor_h2d(self._window(request_id, request), device, torch.int64)
+
+        def num_gathered(layers: ScoredLayers) -> int:
+            return len(block_ids) * layers.cache.block_numel
+
         scores = []
-        for layers in group:
-            for part in self._parts(layers, len(block_ids)):
-                view = BlockView(
-                    part.queries.index_select(1, rows).float(),
-                    part.cache.gather_keys(block_ids).float(),
-                    partial(_values, part.cache, block_ids),
-                    block_indices,
-                    request.num_tokens,
-                    layers.scale,
-                )
-                of_layers = request.policy.score(view)
-                num_layers = len(part.queries)
-                scores.append(checked_scores(of_layers, num_layers, view.num_full_blocks, device))
+        for layers in _some_at_once(group, num_gathered, MAX_GATHERED):
+            view = BlockView(
+                layers.queries.index_select(1, rows).float(),
+                layers.cache.gather_keys(block_ids).float(),
+                partial(_values, layers.cache, block_ids),
+                block_indices,
+                request.num_tokens,
+                layers.scale,
+            )
+            of_layers = request.policy.score(view)
+            num_layers = len(layers.queries)
+            scores.append(checked_scores(of_layers, num_layers, view.num_full_blocks, device))
         return torch.cat(scores).mean(0)
 
     def _window(self, request_id: str, request: ScoreRequest) -> list[int]:
@@ -247,14 +288,25 @@ class BlockScorer:
         num_queries = request.policy.num_queries
         return self.windows.window(request_id, request.num_tokens, num_queries).tolist()
 
-    def _parts(self, layers: ScoredLayers, num_blocks: int) -> Iterator[ScoredLayers]:
-        """As many layers at once as :data:`MAX_GATHERED` allows."""
-        kv_cache = layers.cache.kv_cache
-        of_layer = num_blocks * layers.cache.kernel_blocks * kv_cache[0, 0].numel() // 2
-        step = max(1, MAX_GATHERED // max(1, of_layer))
-        for first in range(0, len(kv_cache), step):
+
+def _some_at_once(
+    group: Sequence[ScoredLayers], elements: Callable[[ScoredLayers], int], most: int
+) -> Iterator[ScoredLayers]:
+    """A group's layers, as many at once as need ``most`` elements together; at least one.
+
+    Args:
+        group: layers of one shape each.
+        elements: what one of these layers needs.
+        most: at once.
+    """
+    for layers in group:
+        step = max(1, most // max(1, elements(layers)))
+        if step >= len(layers.queries):
+            yield layers  # with what is known of their cache
+            continue
+        for first in range(0, len(layers.queries), step):
             part = slice(first, first + step)
-            cache = replace(layers.cache, kv_cache=kv_cache[part])
+            cache = replace(layers.cache, kv_cache=layers.cache.kv_cache[part])
             yield replace(layers, cache=cache, queries=layers.queries[part])
 
 

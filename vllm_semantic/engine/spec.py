@@ -68,6 +68,12 @@ class SemanticSpec(FullAttentionSpec):
             return None
         return budget_blocks + cdiv(self.max_in_flight_tokens, self.block_size) + 1
 
+    def max_held_blocks(self, vllm_config: VllmConfig) -> int:
+        """The most blocks that any request ever holds, the full cache included."""
+        most = self.max_num_blocks_per_req(vllm_config, vllm_config.model_config.max_model_len)
+        bounded = self.max_admission_blocks
+        return most if bounded is None else min(most, bounded)
+
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes that one request of ``max_model_len`` tokens needs of one layer."""
         needed = super().max_memory_usage_bytes(vllm_config)

@@ -33,6 +33,7 @@ from .held_blocks import HeldBlocks, HeldRows
 from .layers import check_layers
 from .pool import explain_shortage
 from .query_windows import QueryWindows
+from .reserved_memory import reserved_memory
 from .runner import access
 from .scorer import BlockScorer, PendingScores, ScoredLayers
 from .spec import SemanticSpec, semantic_specs
@@ -91,9 +92,13 @@ class KVPolicyWorkerMixin(Worker):
         return semantic_specs(specs, self.served_policies, self.vllm_config)
 
     def determine_available_memory(self) -> int:
-        """Bytes for the KV cache; where they are too few, say which flags help."""
+        """Bytes for the KV cache, less what a policy needs beside it.
+
+        Where they are too few, the log says which flags help.
+        """
         available_bytes: int = super().determine_available_memory()
         specs = self.get_kv_cache_spec()
+        available_bytes -= self._reserve(specs, available_bytes)
         if shortage := explain_shortage(self.vllm_config, specs, available_bytes):
             logger.error("%s", shortage)
         return available_bytes
@@ -108,7 +113,7 @@ class KVPolicyWorkerMixin(Worker):
         self._builders: list[CompactingBuilder] = []
         self._held: dict[int, HeldBlocks] = {}
         self._scores: PendingScores | None = None
-        self._in_step = False
+        self._end_step()
         self._windows = QueryWindows(
             self.served_policies.num_queries, self.scheduler_config.max_num_seqs
         )
@@ -179,6 +184,22 @@ class KVPolicyWorkerMixin(Worker):
         _attach(output, scores)
         return output
 
+    def _reserve(self, specs: dict[str, KVCacheSpec], available_bytes: int) -> int:
+        """Bytes to take from what vLLM would give to the KV cache."""
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention)
+        reserved = reserved_memory(
+            self.vllm_config, specs, layers, available_bytes, self.model_runner.device
+        )
+        name = self.served_policies.default.name
+        if self.cache_config.kv_cache_memory_bytes is not None:
+            logger.info("KV policy %s: %s beside --kv-cache-memory-bytes", name, reserved)
+            return 0
+        logger.info("KV policy %s: %s taken from the KV cache", name, reserved)
+        if hasattr(self, "peak_activation_memory"):  # what a GPU worker advises, and plans with
+            self.peak_activation_memory += reserved.total
+            self.available_kv_cache_memory_bytes -= reserved.total
+        return reserved.total
+
     # -- one step ----------------------------------------------------------------------
 
     def _forget(self, scheduler_output: SchedulerOutput) -> None:
@@ -193,23 +214,20 @@ class KVPolicyWorkerMixin(Worker):
             for request_id, blocks in evictions.items():
                 self._held[group_id].evict(request_id, blocks)
 
-    def _begin_step(self, keeps_queries: bool) -> None:
-        self._in_step = True
-        for builder in self._builders:
-            builder.keeps_queries = keeps_queries
+    def _begin_step(self, keeps_queries: set[str]) -> None:
+        self._in_step, self._keeps_queries = True, keeps_queries
 
     def _end_step(self) -> None:
         """Until the next step, batches are dummies: no request of theirs has lost blocks."""
-        self._in_step = False
-        for builder in self._builders:
-            builder.keeps_queries = False
+        self._in_step, self._keeps_queries = False, set()
 
     def _query_rows(self, common: CommonAttentionMetadata) -> np.ndarray | None:
         """Where the queries of a batch go, see :data:`~.backend.QueryRows`."""
-        if not self._in_step:
+        if not self._keeps_queries:
             return None
         assert common.seq_lens_cpu_upper_bound is not None
         return self._windows.place(
+            self._keeps_queries,
             self.runner_access.batch_order(common),
             common.query_start_loc_cpu.numpy(),
             common.seq_lens_cpu_upper_bound.numpy(),
@@ -244,7 +262,7 @@ class KVPolicyWorkerMixin(Worker):
                 self.vllm_config, Attention, attn_group.layer_names
             ).values()
             kernel_blocks = spec.block_size // next(iter(layers)).kv_cache.shape[2]
-            max_num_blocks = self._max_num_blocks(spec) * kernel_blocks
+            max_num_blocks = spec.max_held_blocks(self.vllm_config) * kernel_blocks
             max_num_reqs = self.scheduler_config.max_num_seqs
             held = self._held.setdefault(
                 group_id,
@@ -264,12 +282,6 @@ class KVPolicyWorkerMixin(Worker):
                 ):
                     scored += self._connect_layers(list(alike), kernel_blocks)
         return scored
-
-    def _max_num_blocks(self, spec: SemanticSpec) -> int:
-        """The most blocks that a request holds."""
-        max_model_len = self.model_config.max_model_len
-        most = spec.max_num_blocks_per_req(self.vllm_config, max_model_len)
-        return most if spec.max_admission_blocks is None else min(most, spec.max_admission_blocks)
 
     def _step_buffers(self, max_num_blocks: int) -> StepBuffers:
         return StepBuffers(

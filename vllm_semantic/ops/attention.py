@@ -26,9 +26,13 @@ def weights(
     """
     num_layers, num_queries, num_heads, head_size = queries.shape
     num_blocks, num_kv_heads, block_size = keys.shape[1:4]
-    flat = keys.transpose(1, 2).reshape(num_layers, num_kv_heads, -1, head_size)
-    grouped = queries.transpose(1, 2).reshape(num_layers, num_kv_heads, -1, head_size)
-    logits = (grouped @ flat.transpose(2, 3)).view(num_layers, num_heads, num_queries, -1) * scale
+    grouped = queries.transpose(1, 2).reshape(num_layers, 1, num_kv_heads, -1, head_size)
+    # Block by block: keys are not copied.
+    logits = (
+        ((grouped * scale) @ keys.transpose(3, 4))
+        .permute(0, 2, 3, 1, 4)
+        .reshape(num_layers, num_heads, num_queries, -1)
+    )
     newest_last = torch.arange(num_tokens - num_queries, num_tokens, device=positions.device)
     hidden = positions.flatten() > newest_last.unsqueeze(1)  # [num_queries, num_keys]
     logits.masked_fill_(hidden, float("-inf"))

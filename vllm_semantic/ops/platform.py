@@ -5,6 +5,6 @@ import os
 import torch
 
 
-def runs_triton(tensor: torch.Tensor) -> bool:
-    """Whether an operation on ``tensor`` goes to a Triton kernel."""
-    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+def runs_triton(device: torch.device) -> bool:
+    """Whether operations on tensors of ``device`` go to a Triton kernel."""
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"

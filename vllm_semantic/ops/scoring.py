@@ -34,7 +34,7 @@ def cached_mean_key_cosine(cached: CachedBlocks) -> torch.Tensor | None:
     Returns:
         ``[num_layers, num_blocks]`` fp32, or ``None`` where no Triton kernel runs.
     """
-    if not runs_triton(cached.keys):
+    if not runs_triton(cached.keys.device):
         return None
     from .kernels import scoring
 
@@ -54,7 +54,7 @@ def cached_attention(cached: CachedBlocks) -> torch.Tensor | None:
         ``[num_layers, num_blocks]`` fp32, the mean over heads and queries; those of a request
         add up to 1. ``None`` where no Triton kernel runs.
     """
-    if not runs_triton(cached.keys):
+    if not runs_triton(cached.keys.device):
         return None
     from .kernels import scoring
 
@@ -65,7 +65,7 @@ def shares(logsumexp: torch.Tensor, requests: torch.Tensor, num_reqs: int) -> to
     """Softmax over the blocks of each request.
 
     Args:
-        logsumexp: ``[num_layers, num_blocks, num_heads, num_queries]`` fp32.
+        logsumexp: ``[num_layers, num_blocks, num_heads, num_queries]`` fp32; overwritten.
         requests: ``[num_blocks]`` int64, below ``num_reqs``.
         num_reqs: requests.
 
@@ -76,6 +76,7 @@ def shares(logsumexp: torch.Tensor, requests: torch.Tensor, num_reqs: int) -> to
     index = requests.view(1, -1, 1, 1).expand_as(logsumexp)
     greatest = logsumexp.new_full((num_layers, num_reqs, *rest), float("-inf"))
     greatest.scatter_reduce_(1, index, logsumexp, "amax")
-    exponentials = (logsumexp - greatest[:, requests]).exp()
+    # In place: the numbers of a full step are many.
+    exponentials = logsumexp.sub_(greatest[:, requests]).exp_()
     total = torch.zeros_like(greatest).index_add_(1, requests, exponentials)
-    return (exponentials / total[:, requests]).mean((2, 3))
+    return exponentials.div_(total[:, requests]).mean((2, 3))

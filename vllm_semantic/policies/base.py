@@ -184,7 +184,7 @@ class KVPolicy(ABC):
 
         Returns:
             ``[num_layers, num_blocks]`` fp32, also for a block that is being filled; or
-            ``None``: use :meth:`score`.
+            ``None``: no kernel runs on this device, use :meth:`score`.
         """
         return None
 

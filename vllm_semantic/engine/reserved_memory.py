@@ -1,0 +1,89 @@
+"""What a policy needs of the device beside the KV cache, known before vLLM sizes the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from vllm.utils.math_utils import cdiv
+
+from ..policies.trial import AttentionShape
+from .query_windows import QueryWindows
+from .scorer import scratch_bytes
+from .spec import SemanticSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+GIB = 1 << 30
+
+
+class ReservedMemory(NamedTuple):
+    """Bytes, by what they are for."""
+
+    queries: int
+    """The rings of each layer, see :class:`~.query_windows.QueryWindows`."""
+
+    tables: int
+    """Block tables without holes, see :class:`~.backend.StepBuffers`."""
+
+    scoring: int
+    """What scoring a step takes at most for as long as it runs."""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total / GIB:.2f} GiB (kept queries {self.queries / GIB:.2f}, block tables "
+            f"{self.tables / GIB:.2f}, scoring {self.scoring / GIB:.2f})"
+        )
+
+
+def reserved_memory(
+    vllm_config: VllmConfig,
+    specs: Mapping[str, KVCacheSpec],
+    layers: Mapping[str, Attention],
+    available_bytes: int,
+    device: torch.device,
+) -> ReservedMemory:
+    """What one worker needs.
+
+    Args:
+        vllm_config: of the worker.
+        specs: of the KV cache, by layer, under the policy where they can be.
+        layers: the attention layers by name.
+        available_bytes: that this worker has for all of it and the KV cache.
+        device: of the KV cache.
+    """
+    under_policy = {name: spec for name, spec in specs.items() if isinstance(spec, SemanticSpec)}
+    spec = next(iter(under_policy.values()), None)
+    if spec is None or not spec.served.bounded:
+        return ReservedMemory(0, 0, 0)
+    num_groups = len({spec.layer_group for spec in under_policy.values()})
+    max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+    # Entries of int32, and once more as the int64 columns that a step looks up.
+    tables = num_groups * max_num_reqs * spec.max_held_blocks(vllm_config) * (4 + 8)
+    if not spec.served.rules:
+        return ReservedMemory(0, tables, 0)
+    scored = [layers[name] for name in under_policy]
+    windows = QueryWindows(spec.served.num_queries, max_num_reqs)
+    elements = windows.num_rows * sum(layer.num_heads * layer.head_size for layer in scored)
+    block_bytes = sum(spec.page_size_bytes for spec in under_policy.values()) // num_groups
+    num_blocks = available_bytes // block_bytes
+    budget_blocks = spec.served.max_budget_blocks(spec.block_size)
+    if budget_blocks is not None:
+        # All at once: each request its budget and the block being filled, and a step's tokens.
+        shared_blocks = cdiv(spec.max_in_flight_tokens, spec.block_size)
+        num_blocks = min(num_blocks, max_num_reqs * (budget_blocks + 1) + shared_blocks)
+    num_heads = max(layer.num_heads for layer in scored)
+    shape = AttentionShape(num_heads, spec.num_kv_heads, spec.head_size, spec.block_size)
+    scoring = max(
+        scratch_bytes(policy, len(scored) // num_groups, num_blocks, shape, device)
+        for policy in spec.served.rules
+    )
+    return ReservedMemory(elements * vllm_config.model_config.dtype.itemsize, tables, scoring)
