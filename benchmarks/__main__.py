@@ -46,6 +46,7 @@ def main() -> None:
     task.add_argument("--model", default=str(MODEL))
     task.add_argument("--batches", type=_numbers, default=overhead.BATCHES)
     task.add_argument("--contexts", type=_numbers, default=overhead.CONTEXTS)
+    task.add_argument("--layer-groups", type=_numbers, default=overhead.GROUPS)
     task.add_argument("--rounds", type=int, default=9)
     task.add_argument("--out", type=Path, default=RESULTS / "overhead.json")
 
@@ -59,6 +60,12 @@ def main() -> None:
         )
     task.add_argument(
         "--budget", type=_numbers, action="extend", help=f"in tokens; default: {default.budget[0]}"
+    )
+    task.add_argument(
+        "--layer-groups",
+        type=_numbers,
+        action="extend",
+        help="groups of layers that evict for themselves; default: 1",
     )
     task.add_argument("--mode", choices=("decode", "prefill"), default=default.mode)
     for name in ("num_tokens", "num_prompt", "max_documents", "questions", "block_size", "seed"):
@@ -100,7 +107,9 @@ def main() -> None:
     elif args.task == "capacity":
         capacity.run(args.model, args.contexts, args.rounds, args.max_prompt_tokens, args.out)
     elif args.task == "overhead":
-        overhead.run(args.model, args.batches, args.contexts, args.rounds, args.out)
+        overhead.run(
+            args.model, args.batches, args.contexts, args.rounds, args.layer_groups, args.out
+        )
     elif args.task == "quality":
         given = {f.name: getattr(args, f.name) for f in dataclasses.fields(quality.Settings)}
         options = {

@@ -244,7 +244,8 @@ class EngineSide:
         return {"nll": nll, "seconds": seconds}
 
     def retention(self, document: list[int], num_prompt: int) -> dict[str, Any]:
-        """Which blocks live as a document is decoded, after each step that changed it.
+        """Which blocks live as a document is decoded, after each step that changed it, in the first
+        group of layers.
 
         Returns:
             ``policy``, ``block_size``, ``points`` (computed tokens) and ``kept`` (logical blocks).
@@ -390,14 +391,15 @@ class EngineSide:
         pool, config = self.scheduler.kv_cache_manager.block_pool, self.worker.vllm_config
         held = -(-num_tokens // config.cache_config.block_size)
         num_blocks = pool.num_gpu_blocks - 1
-        for manager in getattr(self.scheduler, "kv_policy_managers", {}).values():
+        managers = getattr(self.scheduler, "kv_policy_managers", {}).values()
+        for manager in managers:
             policy, spec = manager.default_policy, manager.kv_cache_spec
             if policy.bounded:
                 budget = policy.budget(spec.block_size).total
                 held = min(held, budget + 1)
                 # What one step reads of prompts lies beside the budgets.
                 num_blocks -= spec.max_admission_blocks - budget - 1
-        return int(num_blocks // held)
+        return int(num_blocks // (held * max(len(managers), 1)))
 
     def stats(self) -> dict[str, Any]:
         """What the policy did so far, and the memory of the weights in bytes."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -71,14 +73,17 @@ class Host:
         spec: Any = FullAttentionSpec(
             block_size=block_size, num_kv_heads=1, head_size=32, dtype=torch.bfloat16
         )
+        specs = [spec]
         if policy is None:
             scheduler, worker = Scheduler, PlainWorker
         else:
-            spec = semantic_spec(spec, ServedPolicies.from_config(policy), config)
+            served = ServedPolicies.from_config(policy)
+            spec = semantic_spec(spec, served, config)
+            specs = [replace(spec, layer_group=group) for group in range(served.layer_groups)]
             scheduler, worker = resolve_obj_by_qualname(SCHEDULERS[False]), PolicyWorker
-        num_blocks = max_num_seqs * -(-max_model_len // block_size) + 1
-        self.scheduler = make_scheduler(scheduler, config, [spec], num_blocks)
-        self.worker = worker(config, spec)
+        num_blocks = len(specs) * max_num_seqs * -(-max_model_len // block_size) + 1
+        self.scheduler = make_scheduler(scheduler, config, specs, num_blocks)
+        self.worker = worker(config, specs)
 
     def start(self, prompts: list[list[int]]) -> None:
         """Read prompts until every request decodes."""
@@ -141,15 +146,15 @@ class PolicyBuilder(CompactingBuilder, PlainBuilder):
 
 
 class PlainWorker(Worker):
-    """Keeps a batch's block table as Runner V1 does, and answers at once."""
+    """Keeps a batch's block tables as Runner V1 does, one a KV cache group, and answers at once."""
 
-    def __init__(self, config: Any, spec: Any) -> None:
+    def __init__(self, config: Any, specs: Sequence[Any]) -> None:
         self.vllm_config = config
         self.model_config, self.scheduler_config = config.model_config, config.scheduler_config
-        self.block_size = spec.block_size
-        self.builder: Any = PlainBuilder()
+        self.builders: list[Any] = [PlainBuilder() for _ in specs]
         shape = (config.scheduler_config.max_num_seqs, config.model_config.max_model_len)
-        self.table = torch.zeros(shape[0], -(-shape[1] // spec.block_size), dtype=torch.int32)
+        num_columns = -(-shape[1] // specs[0].block_size)
+        self.tables = [torch.zeros(shape[0], num_columns, dtype=torch.int32) for _ in specs]
         self.num_blocks = np.zeros(shape[0], dtype=np.int64)
         self.seq_lens = torch.zeros(shape[0], dtype=torch.int32)
         self.rows: dict[str, int] = {}
@@ -171,7 +176,7 @@ class PlainWorker(Worker):
         lengths = np.array([scheduled[request_id] for request_id in self.batch])
         self.seq_lens[index] += torch.from_numpy(lengths).int()
         starts = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-        whole = len(index) == len(self.table)
+        whole = len(index) == len(self.tables[0])
         seq_lens = self.seq_lens if whole else self.seq_lens[index]
         common = CommonAttentionMetadata(
             query_start_loc=starts,
@@ -181,11 +186,14 @@ class PlainWorker(Worker):
             num_actual_tokens=int(starts[-1]),
             max_query_len=int(lengths.max()),
             max_seq_len=int(seq_lens.max()),
-            block_table_tensor=self.table if whole else self.table[index],
+            block_table_tensor=self.tables[0],
             slot_mapping=starts,
             seq_lens_cpu_upper_bound=seq_lens,
         )
-        self.builder.build(0, common)
+        for builder, table in zip(self.builders, self.tables, strict=True):
+            of_group = copy.copy(common)
+            of_group.block_table_tensor = table if whole else table[index]
+            builder.build(0, of_group)
         ends = dict(zip(self.batch, seq_lens.tolist(), strict=True))
         self.answer = ModelRunnerOutput(
             req_ids=self.batch,
@@ -205,8 +213,9 @@ class PlainWorker(Worker):
         if block_ids:
             first = self.num_blocks[row]
             self.num_blocks[row] += len(block_ids[0])
-            ids = torch.tensor(block_ids[0], dtype=torch.int32)
-            self.table[row, first : first + len(ids)] = ids
+            for table, of_group in zip(self.tables, block_ids, strict=True):
+                ids = torch.tensor(of_group, dtype=torch.int32)
+                table[row, first : first + len(ids)] = ids
 
 
 class InstantScorer(BlockScorer):
@@ -219,22 +228,24 @@ class InstantScorer(BlockScorer):
 class PolicyWorker(KVPolicyWorkerMixin, PlainWorker):
     """The plugin's worker over the plain one."""
 
-    def __init__(self, config: Any, spec: Any) -> None:
-        super().__init__(config, spec)
+    def __init__(self, config: Any, specs: Sequence[Any]) -> None:
+        super().__init__(config, specs)
+        spec, groups = specs[0], range(len(specs))
         self.served_policies = spec.served
         self.runner_access = self
-        self.builder = PolicyBuilder(spec)
         self._scores, self._in_step = None, False
         self.model_runner = SimpleNamespace(device=torch.device("cpu"))
         self._windows = QueryWindows(spec.served.num_queries, self.scheduler_config.max_num_seqs)
-        self._block_scorer = InstantScorer({0: []}, self._windows)
-        max_num_blocks = spec.max_held_blocks(config)
-        held = HeldBlocks(self.scheduler_config.max_num_seqs, max_num_blocks, spec.block_size, 1)
-        self._held = {0: held}
-        self.builder.buffers = self._step_buffers(max_num_blocks)
-        self.builder.held_rows = partial(self._held_rows, held)
-        self.builder.query_rows = self._query_rows
-        self._builders = [self.builder]
+        self._block_scorer = InstantScorer({group: [] for group in groups}, self._windows)
+        max_num_reqs, max_num_blocks = len(self.num_blocks), spec.max_held_blocks(config)
+        self._held = {
+            group: HeldBlocks(max_num_reqs, max_num_blocks, spec.block_size, 1) for group in groups
+        }
+        self._builders = self.builders = [PolicyBuilder(of) for of in specs]
+        for builder, held in zip(self._builders, self._held.values(), strict=True):
+            builder.buffers = self._step_buffers(max_num_blocks)
+            builder.held_rows = partial(self._held_rows, held)
+            builder.query_rows = self._query_rows
 
     def batch_order(self, common: Any) -> list[str]:
         return self.batch

@@ -1,9 +1,10 @@
-"""What the plugin adds to a step on the host, by batch size and context: no model, no kernels."""
+"""What the plugin adds to a step on the host, by batch size, context and groups of layers."""
 
 from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import statistics
 from pathlib import Path
@@ -12,12 +13,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vllm_semantic.layer_groups import LAYER_GROUPS
+
 from .context import MODEL, RESULTS, context
 
 BLOCK_SIZE = 32
 TOKENS_PER_STEP = 4096
 BATCHES = (1, 8, 32, 128)
 CONTEXTS = (512, 2048, 8192, 32768)
+GROUPS = (2, 4, 8)
+"""Of layers that evict for themselves, beside one of all of them."""
 SIDES: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "semantic": {"name": "semantic"},
@@ -31,6 +36,7 @@ def run(
     batches: tuple[int, ...] = BATCHES,
     contexts: tuple[int, ...] = CONTEXTS,
     rounds: int = 9,
+    groups: tuple[int, ...] = GROUPS,
     out: Path = RESULTS / "overhead.json",
 ) -> dict[str, Any]:
     """Measure every batch size at every context and write it with its settings.
@@ -41,14 +47,18 @@ def run(
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     console = Console()
+    policies = SIDES | {
+        in_groups(num_groups): {"name": "semantic", LAYER_GROUPS: num_groups}
+        for num_groups in groups
+    }
     cells = []
     for num_reqs in batches:
         for num_tokens in contexts:
-            cells.append(_cell(model, num_reqs, num_tokens, rounds))
+            cells.append(_cell(model, policies, num_reqs, num_tokens, rounds))
             console.print(f"{num_reqs} requests of {num_tokens} tokens")
     report = {
         "context": context(
-            model, rounds=rounds, block_size=BLOCK_SIZE, sides=SIDES, clock="thread CPU time"
+            model, rounds=rounds, block_size=BLOCK_SIZE, sides=policies, clock="thread CPU time"
         ),
         "cells": cells,
         "growth": growth(cells),
@@ -59,15 +69,28 @@ def run(
     return report
 
 
-def _cell(model: str, num_reqs: int, num_tokens: int, rounds: int) -> dict[str, Any]:
+def in_groups(num_groups: int) -> str:
+    """The side whose layers are in so many groups."""
+    return f"semantic, {num_groups} groups"
+
+
+def _cell(
+    model: str,
+    policies: dict[str, dict[str, Any] | None],
+    num_reqs: int,
+    num_tokens: int,
+    rounds: int,
+) -> dict[str, Any]:
     """All sides at one size, in turns."""
     from .host import Host
 
     prompts = [[8] * (num_tokens - BLOCK_SIZE + i % BLOCK_SIZE) for i in range(num_reqs)]
     # The first to be read decode on while the last are read.
     num_reading = num_reqs * (num_tokens // TOKENS_PER_STEP + 2)
+    # No layer runs: so many that all numbers of groups divide them.
+    num_layers = math.lcm(*(of.get(LAYER_GROUPS, 1) for of in policies.values() if of))
     sides = {}
-    for name, policy in SIDES.items():
+    for name, policy in policies.items():
         sides[name] = Host(
             model,
             policy,
@@ -76,7 +99,10 @@ def _cell(model: str, num_reqs: int, num_tokens: int, rounds: int) -> dict[str, 
             block_size=BLOCK_SIZE,
             max_num_batched_tokens=TOKENS_PER_STEP,
             skip_tokenizer_init=True,
-            hf_overrides={"max_position_embeddings": 2 * max(CONTEXTS)},
+            hf_overrides={
+                "max_position_embeddings": 2 * max(CONTEXTS),
+                "num_hidden_layers": num_layers,
+            },
         )
         sides[name].start(prompts)
     gc.collect()
@@ -126,7 +152,8 @@ def _table(report: dict[str, Any]) -> Table:
     table = Table(title="Microseconds a step on the host")
     for name in ("requests", "context", "scheduler", "semantic", "over stock"):
         table.add_column(name, justify="right")
-    for name in ("added in all", "added, ample"):
+    others = [name for name in report["context"]["sides"] if name not in ("stock", "semantic")]
+    for name in ("added in all", *(f"added, {name.removeprefix('semantic, ')}" for name in others)):
         table.add_column(name, justify="right")
     for cell in report["cells"]:
         times, added = cell["microseconds"], cell["added_microseconds"]
@@ -137,6 +164,6 @@ def _table(report: dict[str, Any]) -> Table:
             f"{times['semantic']['scheduler']:.0f}",
             f"{cell['scheduler_ratio']:.3f}",
             f"{added['semantic']:.0f}",
-            f"{added['ample']:.0f}",
+            *(f"{added[name]:.0f}" for name in others),
         )
     return table

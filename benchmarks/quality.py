@@ -48,6 +48,8 @@ class Settings:
     mode: str = "decode"
     budget: tuple[int, ...] = (264,)
     """Tokens; every row is measured at each, ``full`` once."""
+    layer_groups: tuple[int, ...] = (1,)
+    """Of layers that evict for themselves; every rule that scores is measured with each."""
     num_tokens: int = 2000
     num_prompt: int = 500
     max_documents: int = 24
@@ -123,7 +125,7 @@ def _foresee(settings: Settings, work: Work) -> None:
 def run(settings: Settings, out: Path = RESULTS / "quality.json") -> dict[str, Any]:
     """Measure every combination; print the tables, keep the JSON, draw the plots beside it."""
     console = Console()
-    rows = rows_of(settings.policies, settings.quantization, settings.budget)
+    rows = rows_of(settings.policies, settings.quantization, settings.budget, settings.layer_groups)
     work = prepare(settings)
     measured: dict[str, dict[str, Any]] = {}
     with progress_bar(console) as progress:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_semantic.layer_groups import LAYER_GROUPS
 from vllm_semantic.policies import POLICIES
 
 SINKS = 8
@@ -21,6 +22,7 @@ class Row:
     quantization: str
     budget: int
     options: dict[str, Any] = field(default_factory=dict)
+    layer_groups: int = 1
 
     def title(self, budgets: Sequence[int]) -> str:
         """How the row is called in tables: only what tells it from the others."""
@@ -28,7 +30,8 @@ class Row:
         if self.quantization not in ("none", "bitsandbytes"):
             of = f"{self.quantization} + "
         at = f" @ {self.budget}" if len(budgets) > 1 and self.policy != "full" else ""
-        return f"{of}{self.policy}{at}"
+        groups = f" in {self.layer_groups} groups" if self.layer_groups > 1 else ""
+        return f"{of}{self.policy}{groups}{at}"
 
 
 def policy_options(policy: str, budget: int) -> dict[str, Any]:
@@ -61,11 +64,28 @@ def policy_options(policy: str, budget: int) -> dict[str, Any]:
 
 
 def rows_of(
-    policies: Sequence[str], quantization: Sequence[str], budgets: Sequence[int]
+    policies: Sequence[str],
+    quantization: Sequence[str],
+    budgets: Sequence[int],
+    layer_groups: Sequence[int] = (1,),
 ) -> list[Row]:
-    """Every combination once; ``full`` has no budget, so it is measured at the first alone."""
-    return [
-        Row(policy, quantized, budget, policy_options(policy, budget))
-        for quantized, policy, budget in itertools.product(quantization, policies, budgets)
-        if policy != "full" or budget == budgets[0]
-    ]
+    """Every combination once.
+
+    ``full`` has no budget, so it is measured at the first alone. What evicts by age or by lot
+    takes the same from every group of layers, so it is measured in one.
+    """
+    rows = []
+    for quantized, policy, budget in itertools.product(quantization, policies, budgets):
+        if policy == "full" and budget != budgets[0]:
+            continue
+        options = policy_options(policy, budget)
+        for groups in layer_groups if _chooses(policy) else (1,):
+            of_groups = {LAYER_GROUPS: groups} if groups > 1 else {}
+            rows.append(Row(policy, quantized, budget, options | of_groups, groups))
+    return rows
+
+
+def _chooses(policy: str) -> bool:
+    """Whether what goes may differ between groups of layers."""
+    cls = POLICIES[policy.partition(":")[0]]
+    return cls.bounded and cls().scores_blocks

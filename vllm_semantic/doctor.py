@@ -169,7 +169,7 @@ def configuration(flags: Sequence[str]) -> Iterator[Finding]:
     if has_policy(vllm_config):
         served = ServedPolicies.from_config(vllm_config.additional_config[CONFIG_KEY])
         block_size = vllm_config.cache_config.block_size
-        yield Finding("policy", describe(served.default, block_size))
+        yield Finding("policy", describe(served.default, block_size, served.layer_groups))
         yield Finding("policies of requests", served.describe(block_size))
     else:
         yield Finding("policy", f"none without {POLICY_FLAG}: vLLM as it is")

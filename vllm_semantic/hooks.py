@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .config import CONFIG_FLAG, POLICY_FLAG, check_block_size, resolve_policy_class
 from .frontend import asks_for_policy, check_places, checked, system_chats, with_pinned
+from .layer_groups import LAYER_GROUPS, check_layer_groups
 from .policies import POLICIES, KVPolicy
 from .policies.trial import AttentionShape
 from .served import (
@@ -94,6 +95,7 @@ def _adding_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
             help="Options of the policy in tokens, as JSON or one by one "
             f"({CONFIG_FLAG}.semantic_tokens 512). {MAX_REQUEST_TOKENS}: the largest budget that a "
             "request may ask for, default: that of the policy. "
+            f"{LAYER_GROUPS}: equal shares of the layers that evict for themselves, default: 1. "
             + "; ".join(f"{name}: {cls.options()}" for name, cls in POLICIES.items()),
         )
         # After parsing, for every order of --additional-config and our flags; and not later:
@@ -137,6 +139,7 @@ def _finishing(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
             engine_args.block_size = DEFAULT_BLOCK_SIZE.get(platform)
         vllm_config = create_engine_config(engine_args, *args, **kwargs)
         finish_config(vllm_config, served.default)
+        check_layer_groups(served.layer_groups, num_full_layers(vllm_config))
         served.try_out(attention_shape(vllm_config))
         export_metrics()
         return vllm_config
@@ -243,6 +246,20 @@ def finish_config(vllm_config: VllmConfig, policy: KVPolicy) -> None:
         )
     parallel.worker_cls = WORKERS[parallel.worker_cls]
     scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
+
+
+def num_full_layers(vllm_config: VllmConfig) -> int | None:
+    """How many layers have full attention, where a model's configuration says so.
+
+    Where it does not, the workers count the layers that they have loaded.
+    """
+    model = vllm_config.model_config
+    config = model.hf_text_config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    others = model.is_hybrid or model.get_sliding_window() or kinds != {"full_attention"}
+    if others or getattr(config, "num_kv_shared_layers", 0):
+        return None
+    return model.get_num_layers(vllm_config.parallel_config)
 
 
 def attention_shape(vllm_config: VllmConfig) -> AttentionShape:

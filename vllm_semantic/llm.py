@@ -19,9 +19,9 @@ class LLM(vllm.LLM):
         kv_policy: ``"full"``, ``"streaming"``, ``"semantic"``, the qualified name of a
             :class:`~vllm_semantic.policies.KVPolicy` class, or ``None`` for vLLM untouched.
         kv_policy_config: the policy's options, e.g. ``{"semantic_tokens": 512}``, or their JSON
-            text, and
-            ``max_request_tokens``, the largest budget that a request may ask for in
-            ``SamplingParams(extra_args={"kv_policy": {...}})``.
+            text, and ``max_request_tokens``, the largest budget that a request may ask for in
+            ``SamplingParams(extra_args={"kv_policy": {...}})``, and ``layer_groups``, how many
+            equal shares of the layers evict for themselves.
         **kwargs: as in ``vllm.LLM``.
 
     Raises:

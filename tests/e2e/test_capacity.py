@@ -35,19 +35,20 @@ def small_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
 
 
-def test_prompt_three_times_the_pool(llama: str) -> None:
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_prompt_three_times_the_pool(num_groups: int, llama: str) -> None:
     """It is served, by the same evictions and with the same words as from an ample pool."""
-    pool_blocks = 40
-    prompts = random_prompts([3 * pool_blocks * BLOCK_SIZE])
+    pool_blocks = 40 * num_groups  # a block of a group of layers is a share of one of them all
+    prompts = random_prompts([3 * 40 * BLOCK_SIZE])
     params = SamplingParams(
         max_tokens=80, temperature=0, ignore_eos=True, detokenize=False, logprobs=1
     )
     results = []
-    for num_blocks in (pool_blocks, 400):
+    for num_blocks in (pool_blocks, 10 * pool_blocks):
         with engine(
             llama,
             policy="semantic",
-            kv_policy_config=SEMANTIC,
+            kv_policy_config=SEMANTIC | {"layer_groups": num_groups},
             max_model_len=8192,
             num_gpu_blocks_override=num_blocks,
         ) as llm:
@@ -56,9 +57,11 @@ def test_prompt_three_times_the_pool(llama: str) -> None:
             results.append((output.outputs[0].token_ids, llm.trace.by_index()))
             assert llm.trace.num_preemptions == 0
             held = max(llm.trace.max_held.values())
-            assert held <= MOST_BLOCKS < pool_blocks
+            assert num_groups * held <= num_groups * MOST_BLOCKS < pool_blocks
+            managers = scheduler_of(llm).kv_policy_managers.values()
+            assert sum(manager.stats.evicted_blocks for manager in managers) > 2 * pool_blocks
+            assert sum(manager.stats.evicting_requests for manager in managers) == 1
     assert results[0] == results[1]
-    assert sum(len(blocks) for blocks in results[0][1][0].values()) > 2 * pool_blocks
 
 
 def test_a_context_of_a_million_on_64_blocks(tmp_path: Path) -> None:

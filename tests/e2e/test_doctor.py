@@ -60,6 +60,11 @@ def test_what_is_wrong_is_found(llama: str) -> None:
     [
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 (allowed: 1)"),
         (["--block-size", "128"], "--block-size 128 is too coarse"),
+        (
+            ["--kv-policy-config.layer_groups", "3"],
+            "--kv-policy-config.layer_groups 3 does not divide the 2 full-attention layers of the "
+            "model into equal shares; allowed: 1, 2",
+        ),
         (["--kv-policy", "smart"], "--kv-policy 'smart' is not known; allowed: full, streaming"),
         (["--no-such-flag"], "--no-such-flag"),
         (["--enable-log-outputs"], "requires --enable-log-requests"),
@@ -70,6 +75,12 @@ def test_what_would_be_refused(flags: list[str], reason: str, llama: str) -> Non
     assert not finding.ok
     assert finding.name == "refused"
     assert reason in finding.value
+
+
+def test_groups_of_layers(llama: str) -> None:
+    flags = ["--kv-policy", "semantic", "--kv-policy-config.layer_groups", "2"]
+    findings = {finding.name: finding for finding in doctor.configuration([llama, *flags])}
+    assert findings["policy"].value.endswith("per request, in each of 2 groups of layers")
 
 
 def test_without_a_policy(llama: str) -> None:

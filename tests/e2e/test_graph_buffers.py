@@ -6,6 +6,7 @@ through the buffers a graph reads, whether blocks were lost or not.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,25 +33,33 @@ def builders_of(llm: Any) -> list[Any]:
     return list(worker._builders)
 
 
-def test_every_step_goes_through_the_same_memory(llama: str) -> None:
-    with engine(llama, policy="semantic", kv_policy_config=OPTIONS) as llm:
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_every_step_goes_through_the_same_memory(num_groups: int, llama: str) -> None:
+    """Each group of layers has its own."""
+    options = OPTIONS | {"layer_groups": num_groups}
+    with engine(llama, policy="semantic", kv_policy_config=options) as llm:
         expected = run(llm)
-    with engine(llama, policy="semantic", kv_policy_config=OPTIONS) as llm:
-        (builder,) = builders_of(llm)
-        build, seen = builder.build, []
-
-        def following(*args: Any, **kwargs: Any) -> Any:
-            metadata = build(*args, **kwargs)
-            seen.append((metadata.block_table, metadata.seq_lens, metadata.query_places))
-            return metadata
-
-        builder.captured, builder.build = True, following
+    seen: list[list[Any]] = []
+    with engine(llama, policy="semantic", kv_policy_config=options) as llm:
+        for builder in builders_of(llm):
+            seen.append([])
+            builder.captured = True
+            builder.build = partial(following, builder.build, seen[-1])
         assert run(llm) == expected
-    assert len(seen) > PARAMS.max_tokens
-    assert len({tuple(t.data_ptr() for t in tensors) for tensors in seen}) == 1
-    widths = {block_table.shape[1] for block_table, *_ in seen}
-    # Budget, the tokens of a step in flight and the block being filled: never the whole length.
-    assert widths == {7 + 512 // 32 + 1}
+    assert len(seen) == num_groups
+    for steps in seen:
+        assert len(steps) > PARAMS.max_tokens
+        assert len({tuple(t.data_ptr() for t in tensors) for tensors in steps}) == 1
+        widths = {block_table.shape[1] for block_table, *_ in steps}
+        # Budget, the tokens of a step in flight and the block being filled: never the whole length.
+        assert widths == {7 + 512 // 32 + 1}
+    assert len({steps[0][0].data_ptr() for steps in seen}) == num_groups
+
+
+def following(build: Any, seen: list[Any], *args: Any, **kwargs: Any) -> Any:
+    metadata = build(*args, **kwargs)
+    seen.append((metadata.block_table, metadata.seq_lens, metadata.query_places))
+    return metadata
 
 
 def test_capturing_marks_the_builder(llama: str) -> None:

@@ -51,9 +51,11 @@ def linear_weights(llm: Any) -> dict[str, Any]:
     return {name: parameter for name, parameter in parameters if "_proj" in name}
 
 
-def test_nf4_agrees_with_oracle(model: str) -> None:
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_nf4_agrees_with_oracle(num_groups: int, model: str) -> None:
     """Evictions and logprobs are the dequantised model's, up to what bfloat16 itself costs."""
-    with engine(model, policy="semantic", kv_policy_config=OPTIONS, **NF4) as llm:
+    options = OPTIONS | {"layer_groups": num_groups}
+    with engine(model, policy="semantic", kv_policy_config=options, **NF4) as llm:
         completions, trace = run(llm), llm.trace.by_index()
         _assert_packed_by_the_plugin(llm)
         # Half a byte a weight, where the file has two (statistics are kept apart).
@@ -70,7 +72,7 @@ def test_nf4_agrees_with_oracle(model: str) -> None:
             nf4=True,
             forced={at - eviction_delay(): gone for at, gone in evictions.items()},
             eviction_delay=eviction_delay(),
-            **case_options("semantic", OPTIONS),
+            **case_options("semantic", options),
         )
         for prompt, completion, evictions in zip(PROMPTS, completions, trace, strict=True)
     ]

@@ -65,6 +65,33 @@ def test_the_flag_that_helps_comes_first(llama: str, log: list[str]) -> None:
         assert (length, in_flight, blocks, block_size) == (8192, int(fits), BLOCKS - 1, 32)
 
 
+def test_groups_of_layers_need_blocks_in_each(llama: str, log: list[str]) -> None:
+    kwargs = KWARGS | {"kv_policy_config": {"layer_groups": 2}}
+    with (
+        pytest.raises(ValueError, match="larger than the available KV cache memory"),
+        engine(llama, max_num_batched_tokens=2048, **kwargs),
+    ):
+        pass
+    (message,) = log
+    # Twice what one group of all layers needs, of twice as many blocks.
+    assert "a request of 8192 tokens needs 148 blocks of 32 tokens, 128 of them for" in message
+    assert "the KV cache has 79. What helps" in message
+    (fits,) = re.findall(r"at most (\d+)\)", message)
+    with (
+        pytest.raises(ValueError, match="larger than the available KV cache memory"),
+        engine(llama, max_num_batched_tokens=int(fits) + 1, **kwargs),
+    ):
+        pass
+    log.clear()
+    with engine(llama, max_num_batched_tokens=int(fits), **kwargs):
+        assert not any("What helps" in line for line in log)
+    held = -(-8192 // 32), 9 + 1
+    fit = [79 // (2 * held[0]), (79 - 2 * (int(fits) // 32)) // (2 * held[1])]
+    (capacity,) = (line for line in log if "the full cache would hold" in line)
+    assert f"79 blocks hold {fit[1]} requests of 8192 tokens" in capacity
+    assert capacity.endswith(f"the full cache would hold {fit[0]}")
+
+
 def test_a_request_that_never_evicts_is_vllms_to_explain(llama: str, log: list[str]) -> None:
     with (
         pytest.raises(ValueError, match="larger than the available KV cache memory"),

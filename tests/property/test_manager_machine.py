@@ -1,10 +1,10 @@
-"""The block manager alone, on vLLM's own pool: a scheduler that makes mistakes with scores."""
+"""The block managers alone, on vLLM's own pool: a scheduler that makes mistakes with scores."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -48,17 +48,21 @@ POLICIES: list[KVPolicy] = [
 ]
 
 
+Asked = list[ScoreRequest]
+"""One for each group of layers."""
+
+
 @dataclass
 class Life:
     """A request, and what is known of it that the manager is not told."""
 
     request: Request
     tokens: Tokens
-    spans: list[tuple[int, ScoreRequest | None]] = field(default_factory=list)
+    gone: list[set[int]]
+    """Logical blocks evicted since the request last started over, by group of layers."""
+    spans: list[tuple[int, Asked | None]] = field(default_factory=list)
     """Steps in flight, oldest first: tokens of each and what it was asked to score."""
-    gone: set[int] = field(default_factory=set)
-    """Logical blocks evicted since the request last started over."""
-    old_asks: list[ScoreRequest] = field(default_factory=list)
+    old_asks: list[Asked] = field(default_factory=list)
     """Score requests that were answered before, or never will be."""
     obedient: bool = True
     """Whether every chunk since the request last started over ended where it should."""
@@ -112,23 +116,30 @@ class ManagerMachine(RuleBasedStateMachine):
             max_in_flight_tokens=MAX_IN_FLIGHT * self.interval,
         )
         self.max_admission_blocks = spec.max_admission_blocks
-        num_blocks = data.draw(st.integers(12, 60))
+        self.groups = range(data.draw(st.sampled_from([1, 2])))
+        num_blocks = len(self.groups) * data.draw(st.integers(12, 60))
+        specs = [
+            KVCacheGroupSpec([f"layer {i}"], replace(spec, layer_group=i)) for i in self.groups
+        ]
         self.kv_cache_manager = KVCacheManager(
-            KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            KVCacheConfig(num_blocks, [], specs),
             max_model_len=MAX_MODEL_LEN,
             scheduler_block_size=BLOCK_SIZE,
             hash_block_size=BLOCK_SIZE,
             enable_caching=self.caching,
         )
         self.pool = self.kv_cache_manager.block_pool
-        (self.manager,) = self.kv_cache_manager.coordinator.single_type_managers
-        assert type(self.manager) is SemanticManager
+        self.managers = list(self.kv_cache_manager.coordinator.single_type_managers)
+        self.manager = self.managers[0]
         init_none_hash(sha256)
         self.lives: dict[str, Life] = {}
-        self.manager.requests = Requests(self.lives)
+        for manager in self.managers:
+            assert type(manager) is SemanticManager
+            manager.requests = Requests(self.lives)
+            manager.is_first = manager is self.manager
         self.prompts: list[Tokens] = []
         self.cache: dict[int, dict[int, Slot]] = {}
-        self.hashes = PrefixOfHash(BLOCK_SIZE)
+        self.hashes = PrefixOfHash(BLOCK_SIZE, len(self.groups))
 
     def draw_life(self, data: st.DataObject, running: bool | None = None) -> Life:
         names = [
@@ -137,6 +148,9 @@ class ManagerMachine(RuleBasedStateMachine):
             if running is None or running == (life.request.status == RequestStatus.RUNNING)
         ]
         return self.lives[data.draw(st.sampled_from(sorted(names)))]
+
+    def _nothing(self) -> list[set[int]]:
+        return [set() for _ in self.groups]
 
     def some(self, status: RequestStatus) -> bool:
         return any(life.request.status == status for life in self.lives.values())
@@ -158,7 +172,7 @@ class ManagerMachine(RuleBasedStateMachine):
         params = SamplingParams(max_tokens=MAX_MODEL_LEN - length, ignore_eos=True)
         hasher = get_request_block_hasher(BLOCK_SIZE, sha256) if self.caching else None
         request = Request(name, tokens.prompt, params, None, block_hasher=hasher)
-        self.lives[name] = Life(request, tokens)
+        self.lives[name] = Life(request, tokens, self._nothing())
 
     @precondition(lambda self: self.some(RequestStatus.RUNNING))
     @rule(data=st.data())
@@ -171,7 +185,7 @@ class ManagerMachine(RuleBasedStateMachine):
         # The scheduler waits for what is in flight, and ignores its scores.
         life.old_asks += [asked for _, asked in life.spans if asked]
         life.request.num_in_flight_tokens = 0
-        life.spans, life.gone, life.obedient = [], set(), True
+        life.spans, life.gone, life.obedient = [], self._nothing(), True
         self.seen["preempted"] += 1
         self.check()
 
@@ -187,7 +201,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule()
     def reset(self) -> None:
         """Only while nothing is held, which is when vLLM agrees to."""
-        idle = not any(self.manager.req_to_blocks.values())
+        idle = not any(any(manager.req_to_blocks.values()) for manager in self.managers)
         assert self.kv_cache_manager.reset_prefix_cache() == idle
         if idle:
             assert not any(block.block_hash for block in self.pool.blocks)
@@ -236,12 +250,16 @@ class ManagerMachine(RuleBasedStateMachine):
         if obedient:
             num_new = self.manager.clip_to_eviction_point(request, start, num_new)
             assert num_new > 0
-        before = self._table(life)
+        before = [self._table(life, group) for group in self.groups]
         new_blocks = self.kv_cache_manager.allocate_slots(
             request, num_new, num_new_computed_tokens=num_hit, new_computed_blocks=hit
         )
-        evicted = self.manager.take_evictions().pop(request.request_id, [])
-        self._check_evicted(life, before, evicted, num_hit)
+        evicted = [m.take_evictions().pop(request.request_id, []) for m in self.managers]
+        assert len({len(blocks) for blocks in evicted}) == 1, "all groups at once"
+        for group in self.groups:
+            self._check_evicted(life, group, before[group], evicted[group], num_hit)
+        self.seen["evictions"] += bool(evicted[0])
+        self.seen["groups that differ"] += any(blocks != evicted[0] for blocks in evicted)
         if new_blocks is None:
             self.seen["full pool"] += 1
             self.check()
@@ -251,11 +269,14 @@ class ManagerMachine(RuleBasedStateMachine):
         request.num_computed_tokens = start + num_new
         request.num_in_flight_tokens += num_new
         self._write(life, start)
-        asked = None
+        asked: list[ScoreRequest | None] = [None for _ in self.groups]
         if self.policy.scores_blocks:
-            asked = self.manager.score_request(request, request.num_computed_tokens)
-            self._check_asked(life, asked)
-        life.spans.append((num_new, asked))
+            asked = [m.score_request(request, request.num_computed_tokens) for m in self.managers]
+            for group in self.groups:
+                self._check_asked(life, group, asked[group])
+        of_all = [of_group for of_group in asked if of_group is not None]
+        assert len(of_all) in (0, len(asked)), "all groups at once"
+        life.spans.append((num_new, of_all or None))
         self.seen["steps"] += 1
         self.check()
         return True
@@ -292,85 +313,98 @@ class ManagerMachine(RuleBasedStateMachine):
         self.seen["stale scores"] += 1
         self.check()
 
-    def _answer(self, life: Life, asked: ScoreRequest) -> None:
-        scores = [life.tokens.score(1 + life.processed, i) for i in asked.block_indices]
-        self.manager.record_scores(life.request.request_id, asked, scores)
+    def _answer(self, life: Life, asked: Asked) -> None:
+        for group, of_group in enumerate(asked):
+            at = 1 + life.processed
+            scores = [life.tokens.score(at, i, group) for i in of_group.block_indices]
+            self.managers[group].record_scores(life.request.request_id, of_group, scores)
 
     # -- what must hold ----------------------------------------------------------------
 
-    def _table(self, life: Life) -> list[int]:
-        return [b.block_id for b in self.manager.req_to_blocks.get(life.request.request_id, [])]
+    def _table(self, life: Life, group: int) -> list[int]:
+        tables = self.managers[group].req_to_blocks
+        return [b.block_id for b in tables.get(life.request.request_id, [])]
 
     def _check_evicted(
-        self, life: Life, before: list[int], evicted: list[int], num_hit: int
+        self, life: Life, group: int, before: list[int], evicted: list[int], num_hit: int
     ) -> None:
         """Only full, settled blocks that were held; never the sink, never the recent ones."""
         num_full = (life.processed + num_hit) // BLOCK_SIZE
-        kept = [i for i in range(num_full) if i not in life.gone]
+        gone = life.gone[group]
+        kept = [i for i in range(num_full) if i not in gone]
         budget = self.policy.budget(BLOCK_SIZE)
         assert evicted == sorted(set(evicted))
         assert set(evicted) <= set(budget.candidates(kept))
         assert not evicted or len(kept) - len(evicted) == budget.total, "not one too many"
-        life.gone |= set(evicted)
-        table = self._table(life)
+        gone |= set(evicted)
+        table = self._table(life, group)
         for i, block_id in enumerate(before):
-            assert table[i] == (0 if i in life.gone else block_id), "a kept block moved"
+            assert table[i] == (0 if i in gone else block_id), "a kept block moved"
         if evicted:
-            self.seen["evictions"] += 1
-            assert self.manager._requests[life.request.request_id].kept == [
-                i for i in kept if i not in life.gone
-            ]
+            state = self.managers[group]._requests[life.request.request_id]
+            assert state.kept == [i for i in kept if i not in gone]
 
     def _write(self, life: Life, start: int) -> None:
         """What the step will leave in the cache: exact only if it sees every block."""
-        table, gone = self._table(life), frozenset(life.gone)
-        for position in range(start, life.request.num_computed_tokens):
-            block_id = table[position // BLOCK_SIZE]
-            assert block_id != 0
-            slots = self.cache.setdefault(block_id, {})
-            slots[position % BLOCK_SIZE] = Slot(life.tokens.prefix(position), gone)
+        gone = frozenset((group, block) for group in self.groups for block in life.gone[group])
+        for group in self.groups:
+            table = self._table(life, group)
+            for position in range(start, life.request.num_computed_tokens):
+                block_id = table[position // BLOCK_SIZE]
+                assert block_id != 0
+                slots = self.cache.setdefault(block_id, {})
+                slots[position % BLOCK_SIZE] = Slot(life.tokens.prefix(position), gone, group)
 
-    def _check_asked(self, life: Life, asked: ScoreRequest | None) -> None:
+    def _check_asked(self, life: Life, group: int, asked: ScoreRequest | None) -> None:
         if asked is None:
             return
-        table = self._table(life)
+        table = self._table(life, group)
         kept = [i for i, b in enumerate(table) if b and (i + 1) * BLOCK_SIZE <= life.end]
         assert asked.block_indices == kept
         filling = [life.end // BLOCK_SIZE] if life.end % BLOCK_SIZE else []
         assert asked.block_ids == [table[i] for i in kept + filling]
 
     def check(self) -> None:
-        tables = dict(self.manager.req_to_blocks)
-        check_pool(self.pool, tables)
-        assert not self.manager._evictions, "evictions that no step has told"
-        assert self.manager._requests.keys() <= tables.keys()
-        recovered = sum(block.is_null for table in tables.values() for block in table)
-        assert self.manager.stats.recovered_blocks == recovered
-        for name, state in self.manager._requests.items():
-            assert state.kept == sorted(set(state.kept))
-            assert not set(state.kept) & self.lives[name].gone
-        for name, life in self.lives.items():
+        every = enumerate(manager.req_to_blocks for manager in self.managers)
+        check_pool(self.pool, {(i, name): of[name] for i, of in every for name in of})
+        for life in self.lives.values():
             self.hashes.learn(life.request, life.tokens)
+        for group in self.groups:
+            self._check_group(group)
+        self.seen["shared"] += self.hashes.check_cached_blocks(self.pool, self.cache)
+
+    def _check_group(self, group: int) -> None:
+        manager = self.managers[group]
+        tables = dict(manager.req_to_blocks)
+        assert not manager._evictions, "evictions that no step has told"
+        assert manager._requests.keys() <= tables.keys()
+        recovered = sum(block.is_null for table in tables.values() for block in table)
+        assert manager.stats.recovered_blocks == recovered
+        for name, state in manager._requests.items():
+            assert state.kept == sorted(set(state.kept))
+            assert not set(state.kept) & self.lives[name].gone[group]
+        for name, life in self.lives.items():
             table = tables.get(name, [])
             held = [i for i, block in enumerate(table) if not block.is_null]
-            assert len(held) == self.manager.num_kept_blocks(name)
-            assert {i for i, block in enumerate(table) if block.is_null} == life.gone
+            assert len(held) == manager.num_kept_blocks(name)
+            assert {i for i, block in enumerate(table) if block.is_null} == life.gone[group]
             # Also where scores never came.
             assert not life.obedient or len(held) <= self.max_admission_blocks
             for i in held:
                 # Nobody else has written into a block that is held.
                 for offset in range(min(BLOCK_SIZE, life.end - i * BLOCK_SIZE)):
                     slot = self.cache[table[i].block_id][offset]
-                    assert slot.prefix == life.tokens.prefix(i * BLOCK_SIZE + offset)
-        self.seen["shared"] += self.hashes.check_cached_blocks(self.pool, self.cache)
+                    prefix = life.tokens.prefix(i * BLOCK_SIZE + offset)
+                    assert (slot.prefix, slot.group) == (prefix, group)
 
     def teardown(self) -> None:
         if not hasattr(self, "kv_cache_manager"):
             return
-        self.seen["fallbacks"] += self.manager.stats.fallbacks
+        self.seen["fallbacks"] += sum(manager.stats.fallbacks for manager in self.managers)
         for life in self.lives.values():
             self.kv_cache_manager.free(life.request)
-        check_pool_whole(self.manager)
+        for manager in self.managers:
+            check_pool_whole(manager)
 
 
 def test_manager() -> None:
@@ -379,6 +413,7 @@ def test_manager() -> None:
     least = {
         "steps": 5000,
         "evictions": 500,
+        "groups that differ": 50,
         "hits": 100,
         "preempted": 100,
         "full pool": 20,

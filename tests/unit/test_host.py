@@ -28,21 +28,24 @@ def run(llama: str, policy: dict[str, object] | None) -> Host:
     return host
 
 
-def test_both_sides_decode_and_one_evicts(llama: str) -> None:
-    stock, semantic = run(llama, None), run(llama, {"name": "semantic"})
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_both_sides_decode_and_one_evicts(num_groups: int, llama: str) -> None:
+    stock = run(llama, None)
+    semantic = run(llama, {"name": "semantic", "layer_groups": num_groups})
     assert stock.evicted_blocks() == 0
     for side in (stock, semantic):
         assert all(of.num_output_tokens > 2 * BLOCK_SIZE for of in side.scheduler.running)
         assert len(side.scheduler.running) == len(LENGTHS)
-    manager = semantic.scheduler.kv_policy_managers[0]
-    held = semantic.worker._held[0]
+    managers = semantic.scheduler.kv_policy_managers
+    assert len(managers) == num_groups
     ids = list(semantic.worker.rows)
-    rows = held.rows(ids, semantic.worker.seq_lens.numpy())
-    assert rows is not None
-    for request_id, columns in zip(ids, rows.columns, strict=True):
-        table = manager.req_to_blocks[request_id]
-        kept = [i for i, block in enumerate(table) if not block.is_null]
-        assert columns[: len(kept)].tolist() == kept
-    # Every step that evicts is asked for its scores first.
-    assert semantic.evicted_blocks() > 0
-    assert manager.stats.fallbacks == 0
+    for group, manager in managers.items():
+        rows = semantic.worker._held[group].rows(ids, semantic.worker.seq_lens.numpy())
+        assert rows is not None
+        for request_id, columns in zip(ids, rows.columns, strict=True):
+            table = manager.req_to_blocks[request_id]
+            kept = [i for i, block in enumerate(table) if not block.is_null]
+            assert columns[: len(kept)].tolist() == kept
+        assert manager.stats.evicted_blocks > 0
+        # Every step that evicts is asked for its scores first.
+        assert manager.stats.fallbacks == 0

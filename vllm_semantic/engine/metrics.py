@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 COUNTERS = {
     "evictions": "Times that a request gave up KV cache blocks.",
     "evicted_blocks": (
-        "KV cache blocks that requests gave up. One that requests shared returns to the pool "
-        "with the last of them."
+        "KV cache blocks that requests gave up, in all groups of layers. One that requests shared "
+        "returns to the pool with the last of them."
     ),
     "scored_blocks": "KV cache blocks that workers were asked to score.",
     "evicting_requests": (
