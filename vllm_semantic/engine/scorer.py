@@ -207,6 +207,7 @@ class BlockScorer:
                 requests,
                 indices * size,
                 layers.scale,
+                layers.cache.values,
             )
             of_layers = policy.score_cached(cached)
             if of_layers is None:
