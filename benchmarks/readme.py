@@ -49,6 +49,7 @@ def run() -> None:
         "docs/research.md": [
             ("rules", "rules", _rules),
             ("variants", "variants", _variants),
+            ("search", "search", _variants),
             ("budgets", "budgets", _budgets),
             ("prefill", "prefill", _rules),
             ("study", "study", _quality),

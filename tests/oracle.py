@@ -185,19 +185,19 @@ def study(held: Held) -> dict[int, float]:
 
 
 def attention(held: Held) -> dict[int, float]:
-    return decayed(held, held.attended(8))
+    return decayed(held, held.attended(8), 0.8)
 
 
 def contribution(held: Held) -> dict[int, float]:
-    return decayed(held, held.contributed(8, lambda of: sum(of) / len(of)))
+    return decayed(held, held.contributed(8, lambda of: sum(of) / len(of)), 0.9)
 
 
 def contribution_to_one_head(held: Held) -> dict[int, float]:
-    return decayed(held, held.contributed(8, max))
+    return decayed(held, held.contributed(8, max), 0.9)
 
 
-def decayed(held: Held, now: dict[int, float]) -> dict[int, float]:
-    return {b: score + 0.8 * held.before.get(b, 0.0) for b, score in now.items()}
+def decayed(held: Held, now: dict[int, float], decay: float) -> dict[int, float]:
+    return {b: score + decay * held.before.get(b, 0.0) for b, score in now.items()}
 
 
 def h2o(held: Held) -> dict[int, float]:

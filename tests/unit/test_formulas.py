@@ -222,7 +222,7 @@ def test_windows_and_decays_are_the_documented_ones() -> None:
     found = {name: (policy.num_queries, policy.decay) for name, policy in scoring.items()}
     assert found == WINDOWS_AND_DECAYS
     contribution = SemanticPolicy(similarity="contribution")
-    assert (contribution.num_queries, contribution.decay) == WINDOWS_AND_DECAYS["semantic"]
+    assert (contribution.num_queries, contribution.decay) == (8, 0.9)
     study = SemanticPolicy(similarity="study")
     assert (study.num_queries, study.decay) == (1, 0.0)
 

@@ -29,7 +29,7 @@ class SemanticPolicy(KVPolicy):
       the last eight queries give to a block, averaged over the eviction points so far with a
       decay. Chosen by measurement, see ``docs/research.md``.
     - ``contribution``: the same, the attention to each key times the norm of its value: what a
-      block adds, not only how much it is looked at.
+      block adds, not only how much it is looked at. Its decay is slower.
     - ``study``: the cosine of the newest query and a block's mean key.
 
     ``heads`` says what the heads of a layer together make of a block: the ``mean``, or what the
@@ -55,7 +55,7 @@ class SemanticPolicy(KVPolicy):
 
     @property
     def decay(self) -> float:  # type: ignore[override]
-        return 0.0 if self.similarity == "study" else 0.8
+        return DECAYS[self.similarity]
 
     def score(self, view: BlockView) -> torch.Tensor:
         if self.similarity == "study":
@@ -67,6 +67,9 @@ class SemanticPolicy(KVPolicy):
     def score_cached(self, cached: CachedBlocks) -> torch.Tensor | None:
         return KERNELS[self.similarity](cached, self.heads)
 
+
+DECAYS = {"attention": 0.8, "contribution": 0.9, "study": 0.0}
+"""Chosen for each by measurement, see ``docs/research.md``."""
 
 KERNELS = {
     "attention": cached_attention,
