@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from . import capacity, demo, figures, gpu, overhead, quality, readme, shapes, variants
+from . import capacity, demo, figures, gpu, models, overhead, quality, readme, shapes, variants
 from .context import MODEL, RESULTS
+
+MODELS = "a folder, a name of a hub, or smollm2, which is fetched once; default: the bundled model"
 
 
 def _names(value: str) -> tuple[str, ...]:
@@ -18,32 +20,39 @@ def _numbers(value: str) -> tuple[int, ...]:
     return tuple(int(number) for number in _names(value))
 
 
+def _model(value: str) -> str:
+    try:
+        return models.path_of(value)
+    except models.UnavailableModelError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     tasks = parser.add_subparsers(dest="task", required=True)
 
     task = tasks.add_parser("demo", help="perplexity, speed and memory under each policy")
-    task.add_argument("--model", default=str(MODEL))
+    task.add_argument("--model", type=_model, default=str(MODEL), help=MODELS)
     task.add_argument("--num-tokens", type=int, default=demo.Settings.num_tokens)
     task.add_argument("--num-prompt", type=int, default=demo.Settings.num_prompt)
     task.add_argument("--num-documents", type=int, default=demo.Settings.num_documents)
     task.add_argument("--out", type=Path, default=RESULTS / "demo.json")
 
     task = tasks.add_parser("figures", help="stock vLLM against the policy, with ratios")
-    task.add_argument("--model", default=str(MODEL))
+    task.add_argument("--model", type=_model, default=str(MODEL), help=MODELS)
     task.add_argument("--rounds", type=int, default=4)
     task.add_argument("--out", type=Path, default=RESULTS / "figures.json")
     task.add_argument("--only", action="append", help="measure this task alone; repeatable")
 
     task = tasks.add_parser("capacity", help="requests and tokens a second on a given KV memory")
-    task.add_argument("--model", default=str(MODEL))
+    task.add_argument("--model", type=_model, default=str(MODEL), help=MODELS)
     task.add_argument("--contexts", type=_numbers, default=capacity.CONTEXTS)
     task.add_argument("--rounds", type=int, default=3)
     task.add_argument("--max-prompt-tokens", type=int, default=1 << 17)
     task.add_argument("--out", type=Path, default=RESULTS / "capacity.json")
 
     task = tasks.add_parser("overhead", help="a step on the host by batch size and context")
-    task.add_argument("--model", default=str(MODEL))
+    task.add_argument("--model", type=_model, default=str(MODEL), help=MODELS)
     task.add_argument("--batches", type=_numbers, default=overhead.BATCHES)
     task.add_argument("--contexts", type=_numbers, default=overhead.CONTEXTS)
     task.add_argument("--layer-groups", type=_numbers, default=overhead.GROUPS)
@@ -52,7 +61,7 @@ def main() -> None:
 
     task = tasks.add_parser("quality", help="perplexity under each policy, with intervals")
     default = quality.Settings(str(MODEL))
-    task.add_argument("--model", default=default.model)
+    task.add_argument("--model", type=_model, default=default.model, help=MODELS)
     for name, of in (("policies", _names), ("quantization", _names), ("tasks", _names)):
         values = ",".join(getattr(default, name))
         task.add_argument(
@@ -81,7 +90,7 @@ def main() -> None:
     )
 
     task = tasks.add_parser("variants", help="variants of the semantic rule, without an engine")
-    task.add_argument("--model", default=str(MODEL))
+    task.add_argument("--model", type=_model, default=str(MODEL), help=MODELS)
     task.add_argument("--num-documents", type=int, default=variants.Settings.num_documents)
     task.add_argument("--out", type=Path, default=RESULTS / "variants.json")
 
@@ -93,6 +102,8 @@ def main() -> None:
     task.add_argument("--only", action="append", default=[], help="a task or check; repeatable")
     task.add_argument("--quick", action="store_true", help="tiny sizes: that it runs, no figures")
     task.add_argument("--out", type=Path, help="default: results/figures-gpu.json; --quick: none")
+
+    tasks.add_parser("models", help="fetch and convert the model that --model smollm2 names")
 
     tasks.add_parser("readme", help="write the README's tables from benchmarks/results")
 
@@ -134,6 +145,11 @@ def main() -> None:
             args.quick,
             args.only,
         )
+    elif args.task == "models":
+        try:
+            print(models.path_of(models.SMOLLM2))
+        except models.UnavailableModelError as error:
+            parser.error(str(error))
     else:
         readme.run()
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 
 from vllm_semantic.ops.cached_blocks import CachedBlocks
-from vllm_semantic.ops.scoring import cached_attention, cached_mean_key_cosine, mean_key_cosine
+from vllm_semantic.ops.scoring import (
+    cached_attention,
+    cached_contribution,
+    cached_mean_key_cosine,
+    mean_key_cosine,
+)
 from vllm_semantic.policies import BlockView
 
 
@@ -30,7 +35,8 @@ def _scoring(
         num_layers, rows, num_heads, head_size, generator=generator, device=device
     ).to(dtype)
     shape = (num_layers, 400, num_kv_heads, 16, 2 * head_size)
-    keys = torch.randn(shape, generator=generator, device=device)[..., :head_size].to(dtype)
+    both = torch.randn(shape, generator=generator, device=device).to(dtype)
+    keys, values = both.split(head_size, dim=-1)
     cached = CachedBlocks(
         queries,
         windows=torch.randperm(rows, generator=generator, device=device).view(num_reqs, window),
@@ -41,24 +47,27 @@ def _scoring(
         requests=torch.arange(num_reqs, device=device).repeat_interleave(held),
         first_positions=torch.arange(held, device=device).repeat(num_reqs) * 16,
         scale=scale,
+        values=values,
     )
-    cosines, attention = [], []
+    cosines, attention, contribution = [], [], []
     for request in range(num_reqs):
         mine = cached.block_ids[cached.requests == request]
-        gathered = keys[:, mine].float()
+        gathered, read = keys[:, mine].float(), values[:, mine].float()
         view = BlockView(
             queries[:, cached.windows[request]].float(),
             gathered,
-            gathered.clone,
+            read.clone,
             torch.arange(held, device=device),
             held * 16,
             scale,
         )
         cosines.append(mean_key_cosine(view.queries[:, -1], gathered))
         attention.append(view.attention().sum(4).mean((1, 2)))
+        contribution.append(view.contributions().mean((1, 2)))
     pairs = {
         "cosine": (cached_mean_key_cosine(cached), cosines),
         "attention": (cached_attention(cached), attention),
+        "contribution": (cached_contribution(cached), contribution),
     }
     return {
         name: 0.0 if scores is None else float((scores - torch.cat(expected, 1)).abs().max())

@@ -101,12 +101,15 @@ class PagedDecoder:
             self._span = (start, point)
             self._layers: list[tuple[Tensor, Tensor, Tensor]] = []
             positions = torch.arange(start, point).expand(num_docs, -1)
-            logits = self.model(
-                documents[:, start:point], position_ids=positions, use_cache=False
-            ).logits
             first, last = max(start, num_prompt - 1), min(point, length - 1)
+            logits = self.model(
+                documents[:, start:point],
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=point - first,  # those of a prompt are many, and unused
+            ).logits
             if last > first:
-                chosen = logits[:, first - start : last - start].log_softmax(-1)
+                chosen = logits[:, : last - first].log_softmax(-1)
                 goal = documents[:, first + 1 : last + 1, None]
                 found.append(-chosen.gather(2, goal)[..., 0])
             start, num_full = point, point // BLOCK_SIZE

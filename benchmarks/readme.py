@@ -49,6 +49,7 @@ def run() -> None:
         "docs/research.md": [
             ("rules", "rules", _rules),
             ("variants", "variants", _variants),
+            ("search", "search", _variants),
             ("budgets", "budgets", _budgets),
             ("prefill", "prefill", _rules),
             ("study", "study", _quality),
@@ -198,7 +199,7 @@ def _read(report: dict[str, Any]) -> str:
     counts = ", ".join(f"{count} of {name}" for name, count in report["documents"].items())
     budgets = ", ".join(map(str, settings["budget"]))
     return (
-        f"{settings['model']}, budget {budgets}, documents of {settings['num_tokens']} tokens "
+        f"budget {budgets}, documents of {settings['num_tokens']} tokens "
         f"({counts}), scored after {settings['num_prompt']}"
     )
 
@@ -219,7 +220,8 @@ def _recall(report: dict[str, Any]) -> str:
     settings = report["context"]
     return _table(["", *tasks], rows) + (
         f"\n\nPrompts of {settings['num_tokens']} tokens read at once, then cut down to "
-        f"{settings['budget'][0]}; {settings['questions']} questions a task; 95 % Wilson intervals."
+        f"{settings['budget'][0]}; {settings['questions']} questions a task; 95 % Wilson "
+        f"intervals; {settings['model']}."
     )
 
 
@@ -294,8 +296,8 @@ def _budgets(report: dict[str, Any]) -> str:
 def _where(context: dict[str, Any]) -> str:
     machine, versions = context["machine"], context["versions"]
     return (
-        f"{machine['processor']}, {machine['cores']} cores, vLLM {versions['vllm']}, "
-        f"torch {versions['torch']}, {context['date'][:10]}"
+        f"{context['model']}; {machine['processor']}, {machine['cores']} cores, "
+        f"vLLM {versions['vllm']}, torch {versions['torch']}, {context['date'][:10]}"
     )
 
 

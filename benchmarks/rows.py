@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_semantic.layer_groups import LAYER_GROUPS
-from vllm_semantic.policies import POLICIES
+from vllm_semantic.policies import POLICIES, KVPolicy
+from vllm_semantic.policies.base import RECENT
 
 SINKS = 8
 """Tokens of a budget that are for sinks: a block in any case, also where a policy has four."""
@@ -37,22 +38,29 @@ class Row:
 def policy_options(policy: str, budget: int) -> dict[str, Any]:
     """A policy's options for a budget in tokens, such that all hold the same number of blocks.
 
+    Args:
+        policy: its name and, each after a colon, words that its options allow and a recent window
+            of its own: ``semantic:contribution:max:recent_tokens=128``.
+        budget: tokens.
+
     Raises:
-        ValueError: the policy is not known, or the budget leaves it no room.
+        ValueError: the policy or a word is not known, or the budget leaves it no room.
     """
-    name, _, variant = policy.partition(":")
+    name, *words = policy.split(":")
     if name not in POLICIES:
         raise ValueError(f"--policies {policy!r} is not known; allowed: {', '.join(POLICIES)}")
     cls = POLICIES[name]
-    chosen: dict[str, Any] = {"similarity": variant} if variant else {}
+    chosen = _variant(policy, cls, words)
     if not cls.bounded:
         return chosen
     parts = cls().parts()
-    sink, recent = parts.pop("sink_tokens"), parts.pop("recent_tokens")
+    sink, recent = parts.pop("sink_tokens"), parts.pop(RECENT)
     room = budget - SINKS
+    given = chosen.pop(RECENT, None)
     for option in parts:  # at most one
         # Halves stay halves; a recent window that is the smaller part stays while it is.
         recent = room // 2 if recent == parts[option] else min(recent, room // 2)
+        recent = recent if given is None else min(given, room - 1)
         chosen[option] = room - recent
     if not parts:
         recent = room
@@ -61,6 +69,28 @@ def policy_options(policy: str, budget: int) -> dict[str, Any]:
             f"--budget {budget} is too small for {policy}; allowed: {SINKS + 2} and more"
         )
     return {"sink_tokens": sink, "recent_tokens": recent, **chosen}
+
+
+def _variant(policy: str, cls: type[KVPolicy], words: Sequence[str]) -> dict[str, Any]:
+    """The options that words stand for.
+
+    Raises:
+        ValueError: one stands for none.
+    """
+    chosen: dict[str, Any] = {}
+    allowed = {word: option for option, of in cls.choices.items() for word in of}
+    for word in words:
+        option, _, tokens = word.rpartition("=")
+        if word in allowed:
+            chosen[allowed[word]] = word
+        elif option == RECENT and tokens.isdecimal() and cls().selected_tokens:
+            chosen[RECENT] = int(tokens)
+        else:
+            raise ValueError(
+                f"--policies {policy!r}: {word!r} is no variant of it; allowed: "
+                f"{', '.join([*allowed, f'{RECENT}=TOKENS' * bool(cls().selected_tokens)])}"
+            )
+    return chosen
 
 
 def rows_of(

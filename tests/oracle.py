@@ -158,6 +158,23 @@ class Held:
 
         return self.average(of_layer)
 
+    def contributed(self, num_queries: int, of_heads: Any) -> dict[int, float]:
+        """Attention to each token of a block times the norm of its value, of the last queries."""
+
+        def of_layer(layer: Layer) -> dict[int, Any]:
+            weights = self.attention(layer, num_queries)
+            sums = {}
+            for b in self.blocks:
+                by_head = []
+                for head, of_queries in enumerate(weights):
+                    values = layer.value[head * len(layer.value) // len(weights), self.tokens(b)]
+                    norms = (values * values).sum(1) ** 0.5
+                    by_head.append(float((of_queries[:, self.tokens(b)] @ norms).mean()))
+                sums[b] = of_heads(by_head)
+            return sums
+
+        return self.average(of_layer)
+
     def by_head(self, of_head: Any) -> dict[int, float]:
         """Mean over KV heads and layers of ``of_head(group's queries, key, value)``.
 
@@ -185,8 +202,19 @@ def study(held: Held) -> dict[int, float]:
 
 
 def attention(held: Held) -> dict[int, float]:
-    now = held.attended(8)
-    return {b: score + 0.8 * held.before.get(b, 0.0) for b, score in now.items()}
+    return decayed(held, held.attended(8), 0.8)
+
+
+def contribution(held: Held) -> dict[int, float]:
+    return decayed(held, held.contributed(8, lambda of: sum(of) / len(of)), 0.9)
+
+
+def contribution_to_one_head(held: Held) -> dict[int, float]:
+    return decayed(held, held.contributed(8, max), 0.9)
+
+
+def decayed(held: Held, now: dict[int, float], decay: float) -> dict[int, float]:
+    return {b: score + decay * held.before.get(b, 0.0) for b, score in now.items()}
 
 
 def h2o(held: Held) -> dict[int, float]:
@@ -237,6 +265,8 @@ def keydiff(held: Held) -> dict[int, float]:
 
 RULES: dict[str, Any] = {
     "attention": attention,
+    "contribution": contribution,
+    "contribution, max": contribution_to_one_head,
     "study": study,
     "h2o": h2o,
     "tova": tova,

@@ -117,6 +117,16 @@ def test_a_budget_without_room_is_refused(budget: int) -> None:
         "semantic_tokens": 448,
         "similarity": "study",
     }
+    assert policy_options("semantic:contribution:max:recent_tokens=128", 264) == {
+        "sink_tokens": 8,
+        "recent_tokens": 128,
+        "semantic_tokens": 128,
+        "similarity": "contribution",
+        "heads": "max",
+    }
+    for wrong in ("semantic:attentive", "semantic:recent_tokens=x", "streaming:recent_tokens=64"):
+        with pytest.raises(ValueError, match=f"'{wrong.partition(':')[2]}' is no variant of it"):
+            policy_options(wrong, 264)
 
 
 @pytest.mark.parametrize("policy", [name for name, cls in POLICIES.items() if cls.bounded])

@@ -22,6 +22,12 @@ STUDY = {**POLICIES["semantic"], "similarity": "study"}
 
 RULES: dict[str, dict[str, Any]] = {
     "semantic, as in the study": STUDY,
+    "semantic, by contribution": {**POLICIES["semantic"], "similarity": "contribution"},
+    "semantic, by contribution to one head": {
+        **POLICIES["semantic"],
+        "similarity": "contribution",
+        "heads": "max",
+    },
 } | {
     name: {"sink_tokens": 8, "recent_tokens": 64, "selected_tokens": 128}
     for name in ("h2o", "tova", "snapkv", "paged_eviction", "knorm", "keydiff", "quest", "ucm")
@@ -190,6 +196,7 @@ def case_options(policy: str, options: dict[str, Any]) -> dict[str, Any]:
     """A policy's options in the oracle's words."""
     words = {name.replace("semantic_", "selected_"): value for name, value in options.items()}
     similarity = words.pop("similarity", "attention")
+    similarity += ", max" * (words.pop("heads", "mean") == "max")
     return {"rule": {"streaming": "age", "semantic": similarity}.get(policy, policy), **words}
 
 

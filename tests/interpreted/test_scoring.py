@@ -7,7 +7,13 @@ import torch
 
 from vllm_semantic.ops.cached_blocks import CachedBlocks
 from vllm_semantic.ops.kernels import scoring
-from vllm_semantic.ops.scoring import cached_attention, mean_key_cosine
+from vllm_semantic.ops.scoring import (
+    Heads,
+    cached_attention,
+    cached_contribution,
+    mean_key_cosine,
+    over_heads,
+)
 from vllm_semantic.policies import BlockView
 
 
@@ -17,6 +23,7 @@ def reference(
     keys: torch.Tensor,
     block_ids: torch.Tensor,
     kernel_blocks: int,
+    heads: Heads,
 ) -> torch.Tensor:
     """Layer by layer, on keys that were gathered."""
     offsets = torch.arange(kernel_blocks)
@@ -24,7 +31,7 @@ def reference(
     scores = []
     for layer_queries, layer_keys in zip(queries, keys, strict=True):
         gathered = layer_keys[kernel_ids].transpose(1, 2).flatten(2, 3)
-        pairs = mean_key_cosine(layer_queries[rows].float(), gathered.float().unsqueeze(1))
+        pairs = mean_key_cosine(layer_queries[rows].float(), gathered.float().unsqueeze(1), heads)
         scores.append(pairs.squeeze(1))
     return torch.stack(scores)
 
@@ -39,6 +46,7 @@ def score_both(
     key_dtype: torch.dtype | None = None,
     transposed: bool = False,
     ids: tuple[int, ...] = (3, 0, 2, 3),
+    heads: Heads = "mean",
 ) -> None:
     """Hold the kernel to the reference on random inputs of one shape."""
     generator = torch.Generator().manual_seed(head_size + block_size)
@@ -63,8 +71,8 @@ def score_both(
         first_positions=torch.zeros(len(ids), dtype=torch.int64),
         scale=1.0,
     )
-    scores = scoring.mean_key_cosine(cached)
-    expected = reference(queries, rows, keys, block_ids, kernel_blocks)
+    scores = scoring.mean_key_cosine(cached, heads)
+    expected = reference(queries, rows, keys, block_ids, kernel_blocks, heads)
     assert scores.shape == (num_layers, len(ids))
     # Both sum in float32, in another order; the blocks' means do not cancel out.
     tokens = block_size * kernel_blocks
@@ -103,6 +111,10 @@ def test_numbers_of_blocks(ids: tuple[int, ...]) -> None:
     score_both(ids=ids)
 
 
+def test_the_highest_head() -> None:
+    score_both(12, 3, heads="max")
+
+
 def test_zero_vectors_have_no_direction() -> None:
     queries = torch.zeros(1, 1, 2, 64)
     keys = torch.zeros(1, 2, 2, 16, 64)
@@ -119,8 +131,13 @@ def attention_both(
     kernel_blocks: int = 1,
     num_queries: int = 8,
     dtype: torch.dtype = torch.float32,
+    heads: Heads = "mean",
+    transposed: bool = False,
 ) -> None:
-    """Hold the kernel to attention over gathered keys, request by request."""
+    """Hold the kernel to attention over gathered keys and values, request by request.
+
+    Where no token is yet there are NaNs, as may lie in memory that nobody wrote.
+    """
     generator = torch.Generator().manual_seed(head_size + block_size + num_queries)
     num_layers, size = 2, block_size * kernel_blocks
     # Logical blocks, the last of them being filled by 0, 3 and 1 tokens.
@@ -130,7 +147,12 @@ def attention_both(
     queries = torch.randn(num_layers, num_rows, num_heads, head_size, generator=generator)
     shape = (num_layers, num_ids * kernel_blocks, num_kv_heads, block_size, head_size)
     keys = torch.randn(*shape[:4], 2 * head_size, generator=generator)[..., :head_size]
-    queries, keys = queries.to(dtype), keys.to(dtype)
+    if transposed:  # the values alone: the CPU kernels have an order for each
+        values = torch.randn(*shape[:3], head_size, block_size, generator=generator)
+        values = values.transpose(3, 4)
+    else:
+        values = torch.randn(shape, generator=generator)
+    queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
     block_ids = torch.randperm(num_ids, generator=generator)[: num_ids - 1]
     requests = torch.tensor([i for i, (blocks, _) in enumerate(held) for _ in blocks])
     indices = torch.tensor([block for blocks, _ in held for block in blocks])
@@ -138,6 +160,11 @@ def attention_both(
         (blocks[-1] + 1) * size if not filled else blocks[-1] * size + filled
         for blocks, filled in held
     ]
+    for last, num in zip(requests.bincount().cumsum(0) - 1, num_tokens, strict=True):
+        for empty in range(num % size or size, size):
+            of_part = int(block_ids[last]) * kernel_blocks + empty // block_size
+            for tensor in (keys, values):
+                tensor[:, of_part, :, empty % block_size] = float("nan")
     windows = torch.randperm(num_rows, generator=generator).view(len(held), num_queries)
     cached = CachedBlocks(
         queries,
@@ -149,24 +176,35 @@ def attention_both(
         requests,
         indices * size,
         head_size**-0.5,
+        values,
     )
-    scores = cached_attention(cached)
-    assert scores is not None
+    attention = cached_attention(cached, heads)
+    contribution = cached_contribution(cached, heads)
+    assert attention is not None
+    assert contribution is not None
     for i, num in enumerate(num_tokens):
         mine = requests == i
         kernel_ids = block_ids[mine].unsqueeze(1) * kernel_blocks + torch.arange(kernel_blocks)
-        gathered = keys[:, kernel_ids].transpose(2, 3).flatten(3, 4).float()
-        view = BlockView(
+        gathered, read = (
+            of[:, kernel_ids].transpose(2, 3).flatten(3, 4).float().nan_to_num()
+            for of in (keys, values)
+        )
+        weights = BlockView(
             queries[:, windows[i]].float(),
             gathered,
-            gathered.clone,
+            pytest.fail,
             indices[mine],
             num,
             head_size**-0.5,
-        )
-        expected = view.attention().sum(4).mean((1, 2))
+        ).attention()
+        norms = read.norm(dim=4).transpose(1, 2).repeat_interleave(num_heads // num_kv_heads, 1)
         # Both sum in float32: a logit's error is relative to what attention multiplies with.
-        torch.testing.assert_close(scores[:, mine], expected, rtol=2**-16, atol=2**-20)
+        for scores, by_token in (
+            (attention, weights),
+            (contribution, weights * norms.unsqueeze(2)),
+        ):
+            expected = over_heads(by_token.sum(4).mean(2), 1, heads)
+            torch.testing.assert_close(scores[:, mine], expected, rtol=2**-16, atol=2**-20)
 
 
 @pytest.mark.parametrize("head_size", [32, 64, 80, 128])
@@ -190,3 +228,11 @@ def test_attention_by_block_and_window(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_attention_by_dtype(dtype: torch.dtype) -> None:
     attention_both(dtype=dtype)
+
+
+def test_attention_of_the_highest_head() -> None:
+    attention_both(8, 2, heads="max")
+
+
+def test_values_in_an_order_of_their_own() -> None:
+    attention_both(kernel_blocks=2, transposed=True)

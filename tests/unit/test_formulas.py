@@ -69,6 +69,49 @@ def test_semantic_is_the_mean_over_its_queries() -> None:
     assert score("semantic", two) == pytest.approx(expected)
 
 
+def test_semantic_by_the_highest_head() -> None:
+    """The head of the query of 1, where that of 0 sees all keys the same."""
+    two = shares([1, 2], [3, 4], [5, 5], queries=[[1.0, 0.0], [1.0, 0.0]])
+    first = [(3 / 20 + 3 / 15) / 2, (7 / 20 + 7 / 15) / 2, (10 / 20 + 5 / 15) / 2]
+    second = [(2 / 6 + 2 / 5) / 2, (2 / 6 + 2 / 5) / 2, (2 / 6 + 1 / 5) / 2]
+    expected = [max(pair) for pair in zip(first, second, strict=True)]
+    assert score("semantic", two, heads="max") == pytest.approx(expected)
+
+
+def test_contribution_is_attention_times_the_norm_of_the_value() -> None:
+    """Two queries of two heads over two KV heads: shares of 10ths and of 4ths; a last key of
+    the block being filled takes its share and gets no score."""
+    keys = torch.tensor([[[1, 2], [1, 1]], [[3, 4], [1, 1]], [[10, 99], [4, 99]]]).log()
+    values = [
+        [[[3.0, 4.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 0.0]]],
+        [[[0.0, 0.0], [6.0, 8.0]], [[1.0, 0.0], [0.0, -3.0]]],
+        [[[7.0, 7.0], [7.0, 7.0]]] * 2,
+    ]
+    of = view(
+        [[[[float(k), 0.0] for k in head] for head in block] for block in keys],
+        [[[1.0, 0.0], [1.0, 0.0]]],
+        values,
+        num_tokens=5,
+    )
+    first = [(1 * 5 + 2 * 1) / 20, (3 * 0 + 4 * 10) / 20]
+    second = [(1 * 2 + 1 * 0) / 8, (1 * 1 + 1 * 3) / 8]
+    mean = [sum(pair) / 2 for pair in zip(first, second, strict=True)]
+    highest = [max(pair) for pair in zip(first, second, strict=True)]
+    assert score("semantic", of, similarity="contribution") == pytest.approx(mean)
+    assert score("semantic", of, similarity="contribution", heads="max") == pytest.approx(highest)
+
+
+def test_contribution_is_of_the_kv_head_that_a_head_reads() -> None:
+    """Heads 0 and 1 read the first values, 2 and 3 the second; every key is looked at alike."""
+    of = view(
+        [[[[0.0]], [[0.0]]]] * 2,
+        [[[1.0]] * 4, [[1.0]] * 4],
+        [[[[8.0]], [[0.0]]], [[[0.0]], [[2.0]]]],
+    )
+    # The first of two queries does not see the second key.
+    assert of.contributions().tolist() == [[[[8, 0], [4, 0]]] * 2 + [[[0, 0], [0, 1]]] * 2]
+
+
 def test_h2o_is_the_sum_over_the_tokens_of_a_block() -> None:
     expected = [last + before for last, before in zip(LAST, BEFORE, strict=True)]
     assert score("h2o", SIX_TOKENS) == pytest.approx(expected)
@@ -157,6 +200,8 @@ def test_study_is_the_cosine_with_the_mean_key() -> None:
     first = (1.5 + 2.5) / sqrt(2) / sqrt(1.5**2 + 2.5**2) + 3 / sqrt(3**2 + 5**2)
     scores = score("semantic", view(SQUARE, queries), similarity="study")
     assert scores == pytest.approx([first / 2, 0.0])
+    scores = score("semantic", view(SQUARE, queries), similarity="study", heads="max")
+    assert scores == pytest.approx([4 / sqrt(2) / sqrt(1.5**2 + 2.5**2), 0.0])
 
 
 WINDOWS_AND_DECAYS = {
@@ -176,6 +221,8 @@ def test_windows_and_decays_are_the_documented_ones() -> None:
     scoring = {name: cls() for name, cls in POLICIES.items() if cls().scores_blocks}
     found = {name: (policy.num_queries, policy.decay) for name, policy in scoring.items()}
     assert found == WINDOWS_AND_DECAYS
+    contribution = SemanticPolicy(similarity="contribution")
+    assert (contribution.num_queries, contribution.decay) == (8, 0.9)
     study = SemanticPolicy(similarity="study")
     assert (study.num_queries, study.decay) == (1, 0.0)
 

@@ -25,6 +25,8 @@ SCORE = {
 LOGSUMEXP = SCORE | {
     **dict.fromkeys(("windows", "num_tokens", "requests", "first_positions"), "*i64"),
     "scale": "fp32",
+    "norms": "*fp32",
+    **{name.replace("key", "value"): of for name, of in SCORE.items() if name.startswith("key")},
 }
 
 for_every_cache = pytest.mark.parametrize(
@@ -62,15 +64,17 @@ def test_scoring_compiles(capability: int, keys: str, head_size: int) -> None:
         PADDED_BLOCK_SIZE=16,
         KERNEL_BLOCKS=1,
         EPSILON=scoring.EPSILON,
+        HIGHEST=False,
     )
 
 
 @for_every_cache
-def test_attention_scores_compile(capability: int, keys: str, head_size: int) -> None:
+@pytest.mark.parametrize("values", [False, True])
+def test_attention_scores_compile(capability: int, keys: str, head_size: int, values: bool) -> None:
     queries = "bf16" if keys.startswith("fp8") else keys
     compiles(
         scoring.block_logsumexp_kernel,
-        LOGSUMEXP | {"queries": f"*{queries}", "keys": f"*{keys}"},
+        LOGSUMEXP | {"queries": f"*{queries}", **dict.fromkeys(("keys", "values"), f"*{keys}")},
         capability,
         NUM_QUERIES=8,
         NUM_KV_HEADS=8,
@@ -81,6 +85,7 @@ def test_attention_scores_compile(capability: int, keys: str, head_size: int) ->
         BLOCK_SIZE=16,
         PADDED_BLOCK_SIZE=16,
         KERNEL_BLOCKS=1,
+        VALUES=values,
     )
 
 

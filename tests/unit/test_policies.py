@@ -32,6 +32,7 @@ DOCUMENTED = {
         "recent_tokens": 64,
         "semantic_tokens": 192,
         "similarity": "attention",
+        "heads": "mean",
     },
     "h2o": {"sink_tokens": 8, "recent_tokens": 128, "selected_tokens": 128},
     "random": {"sink_tokens": 8, "recent_tokens": 64, "selected_tokens": 192, "seed": 0},
@@ -127,8 +128,11 @@ def test_policies_without_a_score_refuse_to_score() -> None:
     for policy in (FullPolicy(), StreamingPolicy()):
         with pytest.raises(TypeError, match=f"policy '{policy.name}' keeps blocks by age"):
             policy.score(view)
-    for similarity in SemanticPolicy.choices["similarity"]:
-        assert SemanticPolicy(similarity=similarity).score(view).tolist() == [pytest.approx([1.0])]
+    worth = {"attention": 1.0, "contribution": 2.0, "study": 1.0}  # the norm of a value is 2
+    assert worth.keys() == set(SemanticPolicy.choices["similarity"])
+    for similarity, expected in worth.items():
+        scores = SemanticPolicy(similarity=similarity).score(view)
+        assert scores.tolist() == [pytest.approx([expected])]
 
 
 def test_attention_is_causal_and_adds_up_to_one() -> None:

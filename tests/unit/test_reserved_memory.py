@@ -54,7 +54,16 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("policy", [SemanticPolicy(), H2OPolicy(), SnapKVPolicy()])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        SemanticPolicy(),
+        SemanticPolicy(similarity="contribution"),
+        H2OPolicy(),
+        SnapKVPolicy(),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("layers_at_once", [1, NUM_LAYERS])
 def test_scoring_takes_no_more_than_it_says(
     policy: KVPolicy, layers_at_once: int, monkeypatch: pytest.MonkeyPatch

@@ -105,7 +105,10 @@ def test_what_was_chosen_is_chosen_again(served: ServedPolicies) -> None:
         ({"semantic_tokens": -1}, r"kv_policy.semantic_tokens -1 is not a number of tokens"),
         ({"semantic_tokens": 64.0}, r"kv_policy.semantic_tokens 64.0 is not a number of tokens"),
         ({"semantic_tokens": "9" * 500}, r"kv_policy.semantic_tokens '9+\.\.\.9+' is not"),
-        ({"similarity": "x"}, r"kv_policy.similarity 'x' is not known; allowed: attention, study"),
+        (
+            {"similarity": "x"},
+            r"kv_policy.similarity 'x' is not known; allowed: attention, contribution, study",
+        ),
         ({"similarity": []}, r"kv_policy.similarity \[\] is not known"),
         ({"recent_tokens": 0}, r"kv_policy.recent_tokens 0 would evict"),
         ({"recent_tokens": 31}, r"--block-size 32 is too coarse for kv_policy.recent_tokens 31"),
@@ -203,12 +206,16 @@ def test_what_a_request_may_ask_for_in_words() -> None:
 
 
 def test_rules_are_those_a_request_may_run_under() -> None:
-    both = {SemanticPolicy(), SemanticPolicy(similarity="study")}
-    assert set(SEMANTIC.rules) == set(FULL.rules) == both
+    semantic = {
+        SemanticPolicy(similarity=similarity, heads=heads)
+        for similarity in ("attention", "contribution", "study")
+        for heads in ("mean", "max")
+    }
+    assert set(SEMANTIC.rules) == set(FULL.rules) == semantic
     assert SEMANTIC.num_queries == FULL.num_queries == 8
     assert FULL.bounded
     snapkv = ServedPolicies.from_config("snapkv")
-    assert set(snapkv.rules) == both | {SnapKVPolicy()}
+    assert set(snapkv.rules) == semantic | {SnapKVPolicy()}
     assert snapkv.num_queries == max(8, SnapKVPolicy().num_queries)
     streaming = ServedPolicies.from_config({"name": "streaming", "max_request_tokens": 0})
     assert streaming.rules == ()
@@ -242,6 +249,7 @@ def test_checked_arguments_say_all_of_the_policy() -> None:
             "recent_tokens": 64,
             "semantic_tokens": 64,
             "similarity": "attention",
+            "heads": "mean",
         },
     }
 

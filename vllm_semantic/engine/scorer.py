@@ -56,8 +56,8 @@ def scratch_bytes(
     """
     if has_kernel(policy) and runs_triton(device):
         of_layer = num_blocks * shape.num_heads * policy.num_queries
-        # The kernels' numbers, and once more what they are compared with.
-        return 2 * 4 * min(num_layers * of_layer, max(MAX_LOGITS, of_layer))
+        # The kernels' numbers, two for each, and once more what they are compared with.
+        return 3 * 4 * min(num_layers * of_layer, max(MAX_LOGITS, of_layer))
     # Keys and values as cached and in fp32, keys once more head by head, and three of the weights
     # that attention gives to each key.
     weights = shape.num_heads * policy.num_queries / (shape.num_kv_heads * shape.head_size)
@@ -244,6 +244,7 @@ class BlockScorer:
                 requests,
                 indices * size,
                 layers.scale,
+                layers.cache.values,
             )
             of_layers = policy.score_cached(cached)
             if of_layers is None:

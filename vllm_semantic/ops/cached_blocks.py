@@ -36,3 +36,6 @@ class CachedBlocks:
 
     scale: float
     """What attention multiplies a dot product with."""
+
+    values: torch.Tensor | None = None
+    """As :attr:`keys`; ``None`` where no view shows them."""

@@ -1,13 +1,25 @@
 """Block scores."""
 
+from typing import Literal
+
 import torch
 
 from .cached_blocks import CachedBlocks
 from .platform import runs_triton
 
+Heads = Literal["mean", "max"]
+"""What heads together say of a block: their mean, or what the one says that values it most."""
 
-def mean_key_cosine(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Cosine of a query and a block's mean key, averaged over the KV heads.
+
+def over_heads(scores: torch.Tensor, dim: int, heads: Heads) -> torch.Tensor:
+    """Scores by head to scores of blocks; dimension ``dim`` goes."""
+    return scores.amax(dim) if heads == "max" else scores.mean(dim)
+
+
+def mean_key_cosine(
+    queries: torch.Tensor, keys: torch.Tensor, heads: Heads = "mean"
+) -> torch.Tensor:
+    """Cosine of a query and a block's mean key, over the KV heads.
 
     Grouped-query attention: the query of a KV head is the mean of its group's heads.
     A zero query or mean key has cosine 0.
@@ -15,6 +27,7 @@ def mean_key_cosine(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     Args:
         queries: ``[num_layers, num_heads, head_size]`` fp32, one query.
         keys: ``[num_layers, num_blocks, num_kv_heads, block_size, head_size]``.
+        heads: the mean over the KV heads, or the highest.
 
     Returns:
         ``[num_layers, num_blocks]`` fp32 in [-1, 1], higher = keep.
@@ -22,10 +35,11 @@ def mean_key_cosine(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     num_kv_heads = keys.shape[2]
     query = queries.unflatten(1, (num_kv_heads, -1)).mean(2).unsqueeze(1)
     mean_key = keys.mean(3, dtype=torch.float32)
-    return torch.nn.functional.cosine_similarity(query, mean_key, dim=-1).mean(2)
+    cosines = torch.nn.functional.cosine_similarity(query, mean_key, dim=-1)
+    return over_heads(cosines, 2, heads)
 
 
-def cached_mean_key_cosine(cached: CachedBlocks) -> torch.Tensor | None:
+def cached_mean_key_cosine(cached: CachedBlocks, heads: Heads = "mean") -> torch.Tensor | None:
     """:func:`mean_key_cosine` of blocks that stay where they are in the cache.
 
     All layers and blocks in one launch; each key is read once. Cosines do not depend on the
@@ -38,10 +52,10 @@ def cached_mean_key_cosine(cached: CachedBlocks) -> torch.Tensor | None:
         return None
     from .kernels import scoring
 
-    return scoring.mean_key_cosine(cached)
+    return scoring.mean_key_cosine(cached, heads)
 
 
-def cached_attention(cached: CachedBlocks) -> torch.Tensor | None:
+def cached_attention(cached: CachedBlocks, heads: Heads = "mean") -> torch.Tensor | None:
     """The share of attention that each block receives from its request's newest queries.
 
     One launch finds the log of the sum of a block's exponentials; a softmax of these over the
@@ -49,16 +63,43 @@ def cached_attention(cached: CachedBlocks) -> torch.Tensor | None:
 
     Args:
         cached: with every block that a request holds.
+        heads: the mean over the heads, or the highest.
 
     Returns:
-        ``[num_layers, num_blocks]`` fp32, the mean over heads and queries; those of a request
-        add up to 1. ``None`` where no Triton kernel runs.
+        ``[num_layers, num_blocks]`` fp32, the mean over queries; the means over heads of a
+        request add up to 1. ``None`` where no Triton kernel runs.
     """
     if not runs_triton(cached.keys.device):
         return None
     from .kernels import scoring
 
-    return shares(scoring.block_logsumexp(cached), cached.requests, len(cached.windows))
+    logsumexp, _ = scoring.block_logsumexp(cached)
+    received = shares(logsumexp, cached.requests, len(cached.windows))
+    return over_heads(received.mean(3), 2, heads)
+
+
+def cached_contribution(cached: CachedBlocks, heads: Heads = "mean") -> torch.Tensor | None:
+    """What each block adds to what its request's newest queries read.
+
+    The attention that a token receives times the norm of its value, summed over the tokens of
+    a block. The launch that finds a block's share of attention also weighs its values: the sum
+    is the share times the mean norm under attention.
+
+    Args:
+        cached: with every block that a request holds.
+        heads: the mean over the heads, or the highest.
+
+    Returns:
+        ``[num_layers, num_blocks]`` fp32, the mean over queries; ``None`` where no Triton kernel
+        runs or no view shows the values.
+    """
+    if not runs_triton(cached.keys.device) or cached.values is None:
+        return None
+    from .kernels import scoring
+
+    logsumexp, norms = scoring.block_logsumexp(cached, cached.values)
+    received = shares(logsumexp, cached.requests, len(cached.windows))
+    return over_heads(received.mul_(norms).mean(3), 2, heads)
 
 
 def shares(logsumexp: torch.Tensor, requests: torch.Tensor, num_reqs: int) -> torch.Tensor:
@@ -70,7 +111,7 @@ def shares(logsumexp: torch.Tensor, requests: torch.Tensor, num_reqs: int) -> to
         num_reqs: requests.
 
     Returns:
-        ``[num_layers, num_blocks]`` fp32, the mean over heads and queries.
+        As ``logsumexp``; those of a query add up to 1.
     """
     num_layers, _, *rest = logsumexp.shape
     index = requests.view(1, -1, 1, 1).expand_as(logsumexp)
@@ -79,4 +120,4 @@ def shares(logsumexp: torch.Tensor, requests: torch.Tensor, num_reqs: int) -> to
     # In place: the numbers of a full step are many.
     exponentials = logsumexp.sub_(greatest[:, requests]).exp_()
     total = torch.zeros_like(greatest).index_add_(1, requests, exponentials)
-    return exponentials.div_(total[:, requests]).mean((2, 3))
+    return exponentials.div_(total[:, requests])

@@ -27,4 +27,4 @@ class H2OPolicy(SelectivePolicy):
 
     def score(self, view: BlockView) -> torch.Tensor:
         since_last_point = view.attention_to_blocks(view.block_size)
-        return since_last_point.sum(1)
+        return since_last_point.mean(1).sum(1)

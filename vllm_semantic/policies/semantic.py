@@ -7,7 +7,14 @@ from typing import ClassVar
 import torch
 
 from ..ops.cached_blocks import CachedBlocks
-from ..ops.scoring import cached_attention, cached_mean_key_cosine, mean_key_cosine
+from ..ops.scoring import (
+    Heads,
+    cached_attention,
+    cached_contribution,
+    cached_mean_key_cosine,
+    mean_key_cosine,
+    over_heads,
+)
 from .base import KVPolicy
 from .view import BlockView
 
@@ -19,18 +26,28 @@ class SemanticPolicy(KVPolicy):
     ``similarity`` says how the two are compared:
 
     - ``attention``: softly, key by key, as attention itself compares them: the attention that
-      the last eight queries give to a block, the mean over heads, averaged over the eviction
-      points so far with a decay. Chosen by measurement, see ``docs/research.md``.
-    - ``study``: the cosine of the newest query and a block's mean key, averaged over KV heads.
+      the last eight queries give to a block, averaged over the eviction points so far with a
+      decay. Chosen by measurement, see ``docs/research.md``.
+    - ``contribution``: the same, the attention to each key times the norm of its value: what a
+      block adds, not only how much it is looked at. Its decay is slower.
+    - ``study``: the cosine of the newest query and a block's mean key.
+
+    ``heads`` says what the heads of a layer together make of a block: the ``mean``, or what the
+    head says to which it is worth most, ``max``. Under tensor parallelism the ``max`` is over
+    the heads of a rank.
     """
 
     name: ClassVar[str] = "semantic"
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"similarity": ("attention", "study")}
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "similarity": ("attention", "contribution", "study"),
+        "heads": ("mean", "max"),
+    }
 
     sink_tokens: int = 8
     recent_tokens: int = 64
     semantic_tokens: int = 192
     similarity: str = "attention"
+    heads: Heads = "mean"
 
     @property
     def num_queries(self) -> int:  # type: ignore[override]
@@ -38,13 +55,25 @@ class SemanticPolicy(KVPolicy):
 
     @property
     def decay(self) -> float:  # type: ignore[override]
-        return 0.0 if self.similarity == "study" else 0.8
+        return DECAYS[self.similarity]
 
     def score(self, view: BlockView) -> torch.Tensor:
         if self.similarity == "study":
-            return mean_key_cosine(view.queries[:, -1], view.full.keys)
-        return view.attention_to_blocks().mean(1)
+            return mean_key_cosine(view.queries[:, -1], view.full.keys, self.heads)
+        added = self.similarity == "contribution"
+        by_head = view.contributions() if added else view.attention_to_blocks()
+        return over_heads(by_head.mean(2), 1, self.heads)
 
     def score_cached(self, cached: CachedBlocks) -> torch.Tensor | None:
-        by_kernel = cached_mean_key_cosine if self.similarity == "study" else cached_attention
-        return by_kernel(cached)
+        return KERNELS[self.similarity](cached, self.heads)
+
+
+DECAYS = {"attention": 0.8, "contribution": 0.9, "study": 0.0}
+"""Chosen for each by measurement, see ``docs/research.md``."""
+
+KERNELS = {
+    "attention": cached_attention,
+    "contribution": cached_contribution,
+    "study": cached_mean_key_cosine,
+}
+"""What computes each similarity in place."""

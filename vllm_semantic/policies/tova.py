@@ -16,4 +16,4 @@ class TOVAPolicy(SelectivePolicy):
     name: ClassVar[str] = "tova"
 
     def score(self, view: BlockView) -> torch.Tensor:
-        return view.attention_to_blocks(1)[:, 0]
+        return view.attention_to_blocks(1)[:, :, 0].mean(1)

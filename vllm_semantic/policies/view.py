@@ -75,10 +75,22 @@ class BlockView:
         """The share of attention that each full block gets from each of the last queries.
 
         Returns:
-            ``[num_layers, num_queries, num_full_blocks]`` fp32, the mean over heads.
+            ``[num_layers, num_heads, num_queries, num_full_blocks]`` fp32.
         """
-        shares = self.attention(num_queries).sum(4).mean(1)
-        return shares[:, :, : self.num_full_blocks]
+        return self.attention(num_queries).sum(4)[..., : self.num_full_blocks]
+
+    def contributions(self, num_queries: int | None = None) -> torch.Tensor:
+        """What each full block adds to what each of the last queries reads: the attention that
+        its tokens receive times the norms of their values.
+
+        Returns:
+            ``[num_layers, num_heads, num_queries, num_full_blocks]`` fp32.
+        """
+        kept = slice(self.num_full_blocks)
+        norms = self.values[:, kept].norm(dim=-1).transpose(1, 2)  # [layers, kv_heads, n, size]
+        weights = self.attention(num_queries)[:, :, :, kept]
+        by_group = weights.unflatten(1, (norms.shape[1], -1))
+        return (by_group * norms[:, :, None, None]).sum(-1).flatten(1, 2)
 
     @property
     def full(self) -> BlockView:

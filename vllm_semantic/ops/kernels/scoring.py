@@ -33,6 +33,7 @@ def mean_key_cosine_kernel(
     PADDED_BLOCK_SIZE: tl.constexpr,
     KERNEL_BLOCKS: tl.constexpr,
     EPSILON: tl.constexpr,
+    HIGHEST: tl.constexpr,
 ):
     block = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
@@ -50,7 +51,7 @@ def mean_key_cosine_kernel(
         + token[:, None] * key_stride_token
         + channel[None, :] * key_stride_channel
     )
-    total = 0.0
+    total = float("-inf") if HIGHEST else 0.0
     for head in range(NUM_KV_HEADS):
         query = tl.zeros([PADDED_HEAD_SIZE], tl.float32)
         for member in range(GROUP):
@@ -64,11 +65,12 @@ def mean_key_cosine_kernel(
         key /= BLOCK_SIZE * KERNEL_BLOCKS
         query_norm = tl.maximum(tl.sqrt(tl.sum(query * query, 0)), EPSILON)
         key_norm = tl.maximum(tl.sqrt(tl.sum(key * key, 0)), EPSILON)
-        total += tl.sum(query * key, 0) / (query_norm * key_norm)
-    tl.store(out + layer * tl.num_programs(0) + block, total / NUM_KV_HEADS)
+        cosine = tl.sum(query * key, 0) / (query_norm * key_norm)
+        total = tl.maximum(total, cosine) if HIGHEST else total + cosine / NUM_KV_HEADS
+    tl.store(out + layer * tl.num_programs(0) + block, total)
 
 
-def mean_key_cosine(cached: CachedBlocks) -> torch.Tensor:
+def mean_key_cosine(cached: CachedBlocks, heads: str = "mean") -> torch.Tensor:
     """Score blocks in the cache itself: see ``ops.scoring.cached_mean_key_cosine``."""
     num_layers, _, num_heads, head_size = cached.queries.shape
     num_kv_heads, block_size = cached.keys.shape[2:4]
@@ -92,6 +94,7 @@ def mean_key_cosine(cached: CachedBlocks) -> torch.Tensor:
         PADDED_BLOCK_SIZE=triton.next_power_of_2(block_size),
         KERNEL_BLOCKS=cached.kernel_blocks,
         EPSILON=EPSILON,
+        HIGHEST=heads == "max",
     )
     return out
 
@@ -99,10 +102,12 @@ def mean_key_cosine(cached: CachedBlocks) -> torch.Tensor:
 @triton.jit(do_not_specialize_on_alignment=["block_ids", "requests", "first_positions"])  # type: ignore[untyped-decorator]
 def block_logsumexp_kernel(
     out,  # [num_layers, num_blocks, num_heads, num_queries] fp32
+    norms,  # as out; not written without VALUES
     queries,  # [num_layers, num_rows, num_heads, head_size]
     windows,  # [num_reqs, num_queries] int64
     num_tokens,  # [num_reqs] int64
     keys,  # [num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size, head_size]
+    values,  # as keys; not read without VALUES
     block_ids,  # [num_blocks] int64
     requests,  # [num_blocks] int64
     first_positions,  # [num_blocks] int64
@@ -115,6 +120,11 @@ def block_logsumexp_kernel(
     key_stride_head,
     key_stride_token,
     key_stride_channel,
+    value_stride_layer,
+    value_stride_block,
+    value_stride_head,
+    value_stride_token,
+    value_stride_channel,
     NUM_QUERIES: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -124,6 +134,7 @@ def block_logsumexp_kernel(
     BLOCK_SIZE: tl.constexpr,
     PADDED_BLOCK_SIZE: tl.constexpr,
     KERNEL_BLOCKS: tl.constexpr,
+    VALUES: tl.constexpr,
 ):
     block = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
@@ -152,7 +163,15 @@ def block_logsumexp_kernel(
         + token[None, :] * key_stride_token
         + channel[:, None] * key_stride_channel
     )
-    out_row = out + (layer * tl.num_programs(0) + block) * NUM_KV_HEADS * GROUP * NUM_QUERIES
+    value_tile = (
+        values
+        + layer * value_stride_layer
+        + kernel_block * value_stride_block
+        + token[None, :] * value_stride_token
+        + channel[:, None] * value_stride_channel
+    )
+    in_tile = in_head[:, None] & (token < BLOCK_SIZE)[None, :]
+    out_row = (layer * tl.num_programs(0) + block) * NUM_KV_HEADS * GROUP * NUM_QUERIES
     for head in range(NUM_KV_HEADS):
         q = tl.load(
             query_tile + head * GROUP * query_stride_head,
@@ -161,10 +180,11 @@ def block_logsumexp_kernel(
         ).to(tl.float32)
         greatest = tl.full([PADDED_ROWS], float("-inf"), tl.float32)
         total = tl.zeros([PADDED_ROWS], tl.float32)
+        weighed = tl.zeros([PADDED_ROWS], tl.float32)
         for part in range(KERNEL_BLOCKS):
             k = tl.load(
                 key_tile + part * key_stride_block + head * key_stride_head,
-                mask=in_head[:, None] & (token < BLOCK_SIZE)[None, :],
+                mask=in_tile,
                 other=0.0,
             ).to(tl.float32)
             logits = tl.dot(q, k, input_precision="ieee") * scale
@@ -173,41 +193,66 @@ def block_logsumexp_kernel(
             logits = tl.where(seen, logits, float("-inf"))
             larger = tl.maximum(greatest, tl.max(logits, 1))
             base = tl.where(larger == float("-inf"), 0.0, larger)
-            total = total * tl.exp(greatest - base) + tl.sum(tl.exp(logits - base[:, None]), 1)
+            earlier, weights = tl.exp(greatest - base), tl.exp(logits - base[:, None])
+            total = total * earlier + tl.sum(weights, 1)
             greatest = larger
+            if VALUES:
+                v = tl.load(
+                    value_tile + part * value_stride_block + head * value_stride_head,
+                    mask=in_tile,
+                    other=0.0,
+                ).to(tl.float32)
+                norm = tl.sqrt(tl.sum(v * v, 0))
+                # What lies where no token is yet may be anything, also NaN.
+                weighed = weighed * earlier + tl.sum(
+                    tl.where(seen, weights * norm[None, :], 0.0), 1
+                )
+        place = out_row + (head * GROUP + member) * NUM_QUERIES + query
         lse = tl.where(total > 0, greatest + tl.log(total), float("-inf"))
-        tl.store(out_row + (head * GROUP + member) * NUM_QUERIES + query, lse, mask=in_window)
+        tl.store(out + place, lse, mask=in_window)
+        if VALUES:
+            tl.store(norms + place, weighed / tl.where(total > 0, total, 1.0), mask=in_window)
 
 
-def block_logsumexp(cached: CachedBlocks) -> torch.Tensor:
-    """Log of the sum of exponentials of each block's logits: see ``ops.scoring``."""
+def block_logsumexp(
+    cached: CachedBlocks, values: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log of the sum of exponentials of each block's logits, and what they weigh its values to.
+
+    Args:
+        cached: blocks.
+        values: as ``cached.keys``; ``None`` leaves the second answer unwritten.
+
+    Returns:
+        Twice ``[num_layers, num_blocks, num_heads, num_queries]`` fp32: see ``ops.scoring``, and
+        the mean norm of a block's values under the exponentials of its logits.
+    """
     num_layers, _, num_heads, head_size = cached.queries.shape
     num_kv_heads, block_size = cached.keys.shape[2:4]
     num_queries = cached.windows.shape[1]
     num_blocks = len(cached.block_ids)
-    out = torch.empty(
-        num_layers,
-        num_blocks,
-        num_heads,
-        num_queries,
-        dtype=torch.float32,
-        device=cached.queries.device,
-    )
+    shape = (num_layers, num_blocks, num_heads, num_queries)
+    out = torch.empty(shape, dtype=torch.float32, device=cached.queries.device)
+    norms = out if values is None else torch.empty_like(out)
     if num_blocks == 0:
-        return out
+        return out, norms
     group = num_heads // num_kv_heads
+    read = cached.keys if values is None else values
     block_logsumexp_kernel[(num_blocks, num_layers)](
         out,
+        norms,
         cached.queries,
         cached.windows,
         cached.num_tokens,
         cached.keys,
+        read,
         cached.block_ids,
         cached.requests,
         cached.first_positions,
         cached.scale,
         *cached.queries.stride()[:3],
         *cached.keys.stride(),
+        *read.stride(),
         NUM_QUERIES=num_queries,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
@@ -217,5 +262,6 @@ def block_logsumexp(cached: CachedBlocks) -> torch.Tensor:
         BLOCK_SIZE=block_size,
         PADDED_BLOCK_SIZE=max(16, triton.next_power_of_2(block_size)),
         KERNEL_BLOCKS=cached.kernel_blocks,
+        VALUES=values is not None,
     )
-    return out
+    return out, norms
