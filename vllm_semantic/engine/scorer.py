@@ -56,8 +56,8 @@ def scratch_bytes(
     """
     if has_kernel(policy) and runs_triton(device):
         of_layer = num_blocks * shape.num_heads * policy.num_queries
-        # The kernels' numbers, two for each, and once more what they are compared with.
-        return 3 * 4 * min(num_layers * of_layer, max(MAX_LOGITS, of_layer))
+        # Two of the kernels' numbers for each, and twice what they are compared with.
+        return 4 * 4 * min(num_layers * of_layer, max(MAX_LOGITS, of_layer))
     # Keys and values as cached and in fp32, keys once more head by head, and three of the weights
     # that attention gives to each key.
     weights = shape.num_heads * policy.num_queries / (shape.num_kv_heads * shape.head_size)
