@@ -117,7 +117,7 @@ def test_beam_search_is_a_search_over_requests(asked: Any, llm: Any, repo: Path)
 
 def test_beams_of_a_grammar_have_the_policy_too(llm: Any, repo: Path) -> None:
     """vLLM builds their sampling parameters in another place."""
-    grammar = StructuredOutputsParams(choice=["one", "two"])
+    grammar = StructuredOutputsParams(regex="(one|two)+")
     grammar._backend = "xgrammar"  # for beams, vLLM does not choose one itself
     params = BeamSearchParams(beam_width=2, max_tokens=3, structured_outputs=grammar)
     params.extra_args = {"kv_policy": {"name": "streaming", "recent_tokens": 64}}  # type: ignore[attr-defined]
