@@ -11,10 +11,10 @@ import pytest
 from vllm import SamplingParams
 from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
-from vllm.sampling_params import BeamSearchParams
+from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
 
-from ..engines import engine, reset_trace, scheduler_of
+from ..engines import engine, manager_of, reset_trace, scheduler_of
 
 OPTIONS = {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 128}
 BUDGET = 7 * 32
@@ -91,22 +91,53 @@ def test_n_samples_are_n_requests(llm: Any, prompt: list[int]) -> None:
     assert all(len(evictions) > 3 for _, evictions in together)
 
 
-def test_beam_search_is_a_search_over_requests(llm: Any, repo: Path) -> None:
+@pytest.mark.parametrize("asked", [None, {"name": "streaming", "recent_tokens": 64}])
+def test_beam_search_is_a_search_over_requests(asked: Any, llm: Any, repo: Path) -> None:
     """vLLM asks anew for every beam and token; by hand, one at a time, it is the same."""
+    extra_args = asked and {"kv_policy": asked}
     prompt, width, length = book(llm, repo, 1100), 2, 6
     reset_trace(llm)
     params = BeamSearchParams(beam_width=width, max_tokens=length, ignore_eos=True)
+    params.extra_args = extra_args  # type: ignore[attr-defined]
     (found,) = llm.beam_search([{"prompt_token_ids": prompt}], params)
     assert all(llm.trace.evictions.values())
+    scored = manager_of(llm).stats_by_policy["semantic"].scored_blocks
     beams = [(0.0, prompt)]
     for _ in range(length):
         candidates = []
         for total, tokens in beams:
-            step = sampling(max_tokens=1, logprobs=2 * width)
+            step = sampling(max_tokens=1, logprobs=2 * width, extra_args=extra_args)
             (row,) = ask(llm, tokens, step).outputs[0].logprobs
             candidates += [(total + lp.logprob, [*tokens, token]) for token, lp in row.items()]
         beams = heapq.nlargest(width, candidates, key=lambda beam: beam[0])
     assert [sequence.tokens for sequence in found.sequences] == [tokens for _, tokens in beams]
+    more = manager_of(llm).stats_by_policy["semantic"].scored_blocks - scored
+    assert bool(more) == (asked is None), "under the policy that was asked for"
+
+
+def test_beams_of_a_grammar_have_the_policy_too(llm: Any, repo: Path) -> None:
+    """vLLM builds their sampling parameters in another place."""
+    grammar = StructuredOutputsParams(regex="(one|two)+")
+    grammar._backend = "xgrammar"  # for beams, vLLM does not choose one itself
+    params = BeamSearchParams(beam_width=2, max_tokens=3, structured_outputs=grammar)
+    params.extra_args = {"kv_policy": {"name": "streaming", "recent_tokens": 64}}  # type: ignore[attr-defined]
+    before = {name: stats.evicted_blocks for name, stats in manager_of(llm).stats_by_policy.items()}
+    llm.beam_search([{"prompt_token_ids": book(llm, repo, 1100, skip=50)}], params)
+    after = manager_of(llm).stats_by_policy
+    assert after["streaming"].evicted_blocks > before.get("streaming", 0)
+    assert after["semantic"].evicted_blocks == before.get("semantic", 0)
+
+
+@pytest.mark.parametrize(
+    "extra_args",
+    [
+        {"kv_policy_config": {"semantic_tokens": 32}},
+        {"vllm_xargs": {"kv_policy": "full"}},
+    ],
+)
+def test_a_policy_elsewhere_is_refused(extra_args: Any, llm: Any, prompt: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"kv_policy\w* is not read by extra_args; allowed: kv_p"):
+        ask(llm, prompt, sampling(extra_args=extra_args))
 
 
 def test_the_system_message_of_a_chat_is_pinned(llm: Any, repo: Path) -> None:
