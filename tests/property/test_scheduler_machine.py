@@ -152,7 +152,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.requests: dict[str, Request] = {}
         self.expected: dict[str, list[ExpectedEvictions]] = {}
         self.session: str | None = None
-        """Whose user may go on. One at a time: what waits for its user cannot be preempted."""
+        """One at a time: what waits for its user cannot be preempted, and two that hold blocks
+        would wait for each other's, in vLLM alone too."""
+        self.hung_up = False
+        """Whether the session's user has said the last word."""
         self.room = 0
         """Tokens that the session may still get, prompts and answers."""
         self.session_args: dict[str, Any] | None = None
@@ -172,7 +175,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             earlier = self.tokens[data.draw(st.sampled_from(sorted(self.tokens)))]
             shared = earlier.first(data.draw(st.integers(1, MAX_MODEL_LEN - 2)))
         # vLLM alone loses a session that is preempted with its last token in flight.
-        sessions = not (self.stock and self.asynchronous) and not self.speaks()
+        sessions = not (self.stock and self.asynchronous) and not self.session_lives()
         resumable = sessions and data.draw(st.booleans())
         longest = MAX_MODEL_LEN // 3 if resumable else MAX_MODEL_LEN - 1
         length = data.draw(st.integers(min(max(1, len(shared)), longest), longest))
@@ -206,6 +209,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         if resumable:
             self.session, self.room = request_id, MAX_MODEL_LEN - length - max_tokens
+            self.hung_up = False
             self.session_args = params.extra_args
         self.send(request_id, prompt, params, resumable)
 
@@ -228,10 +232,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         seed = data.draw(st.integers(0, 50))
         return [(seed * 31 + i) % VOCAB_SIZE for i in range(length)]
 
-    def speaks(self) -> bool:
+    def session_lives(self) -> bool:
         return self.session in self.scheduler.requests
 
-    @precondition(lambda self: self.speaks())
+    @precondition(lambda self: self.session_lives() and not self.hung_up)
     @rule(data=st.data())
     def go_on(self, data: st.DataObject) -> None:
         """A session's user says more, while it answers or waits, or was preempted; or hangs up."""
@@ -253,10 +257,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.check()
 
     def hang_up(self) -> None:
-        if self.speaks():
+        if self.session_lives() and not self.hung_up:
             assert self.session is not None
             self.send(self.session, [0], SamplingParams(max_tokens=1), resumable=False)
-        self.session = None
+        self.hung_up = True
 
     def follow_session(self, session: Request, update: Any) -> None:
         """What the session's tokens are, and where its turns end, once its next turn begins."""
