@@ -12,10 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from . import overhead
 from .context import MODEL, RESULTS, context
 from .engines import RemoteEngine, engine
 
 SEMANTIC = "semantic"
+HOST_REQUESTS = (1, 32, 128, 256, 512)
+HOST_TOKENS = 1024
 BLOCK_SIZE = 32
 BASE = {
     "dtype": "bfloat16",
@@ -41,7 +44,7 @@ def run(
     each task's detail says when it was measured.
     """
     console = Console()
-    tasks = [no_eviction, kv_bound, decode_cost]
+    tasks = [no_eviction, kv_bound, decode_cost, host_step]
     if only:
         tasks = [task for task in tasks if task.__name__ in only]
     report: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"details": {}}
@@ -164,6 +167,19 @@ def decode_cost(model: str, rounds: int) -> tuple[dict[str, float], dict[str, An
             "compaction_share_of_step": parts["compaction"],
         },
         times | {"shares_at_4096": shares},
+    )
+
+
+def host_step(model: str, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """The scheduler's part of a step over stock vLLM's, in CPU time: no model, no kernels."""
+    cells = [overhead.measure(model, n, HOST_TOKENS, 2 * rounds + 1) for n in HOST_REQUESTS]
+    ratios = {cell["num_reqs"]: cell["scheduler_ratio"] for cell in cells}
+    return (
+        {
+            "host_step_over_stock_idle_256": ratios[256]["ample"],
+            "host_step_over_stock_evicting_256": ratios[256]["semantic"],
+        },
+        {"num_tokens": HOST_TOKENS, "cells": cells},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -19,10 +20,13 @@ from .context import MODEL, RESULTS, context
 
 BLOCK_SIZE = 32
 TOKENS_PER_STEP = 4096
-BATCHES = (1, 8, 32, 128)
+BATCHES = (1, 8, 32, 128, 256, 512)
 CONTEXTS = (512, 2048, 8192, 32768)
+MAX_TOKENS = 1 << 22
+"""Of all requests together: longer contexts are left out where there are more."""
 GROUPS = (2, 4, 8)
-"""Of layers that evict for themselves, beside one of all of them."""
+"""Of layers that evict for themselves, beside one of all of them; at one context."""
+GROUPS_CONTEXT = 2048
 SIDES: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "semantic": {"name": "semantic"},
@@ -47,18 +51,23 @@ def run(
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     console = Console()
-    policies = SIDES | {
-        in_groups(num_groups): {"name": "semantic", LAYER_GROUPS: num_groups}
+    in_groups = {
+        f"semantic, {num_groups} groups": {"name": "semantic", LAYER_GROUPS: num_groups}
         for num_groups in groups
     }
     cells = []
-    for num_reqs in batches:
-        for num_tokens in contexts:
-            cells.append(_cell(model, policies, num_reqs, num_tokens, rounds))
+    for num_reqs, num_tokens in itertools.product(batches, contexts):
+        if num_reqs * num_tokens <= MAX_TOKENS:
+            sides = SIDES | (in_groups if num_tokens == GROUPS_CONTEXT else {})
+            cells.append(measure(model, num_reqs, num_tokens, rounds, sides))
             console.print(f"{num_reqs} requests of {num_tokens} tokens")
     report = {
         "context": context(
-            model, rounds=rounds, block_size=BLOCK_SIZE, sides=policies, clock="thread CPU time"
+            model,
+            rounds=rounds,
+            block_size=BLOCK_SIZE,
+            sides=SIDES | in_groups,
+            clock="thread CPU time",
         ),
         "cells": cells,
         "growth": growth(cells),
@@ -69,19 +78,22 @@ def run(
     return report
 
 
-def in_groups(num_groups: int) -> str:
-    """The side whose layers are in so many groups."""
-    return f"semantic, {num_groups} groups"
-
-
-def _cell(
+def measure(
     model: str,
-    policies: dict[str, dict[str, Any] | None],
     num_reqs: int,
     num_tokens: int,
     rounds: int,
+    policies: dict[str, dict[str, Any] | None] = SIDES,
 ) -> dict[str, Any]:
-    """All sides at one size, in turns."""
+    """All sides at one size, in turns.
+
+    Args:
+        model: whose shape it is; no layer runs.
+        num_reqs: all decoding.
+        num_tokens: of context.
+        rounds: of a block's worth of steps each, after one that only warms up.
+        policies: by side, as ``additional_config`` has them; ``None``: stock vLLM.
+    """
     from .host import Host
 
     prompts = [[8] * (num_tokens - BLOCK_SIZE + i % BLOCK_SIZE) for i in range(num_reqs)]
@@ -95,7 +107,7 @@ def _cell(
             model,
             policy,
             num_reqs,
-            num_tokens + num_reading + rounds * BLOCK_SIZE,
+            num_tokens + num_reading + (1 + rounds) * BLOCK_SIZE,
             block_size=BLOCK_SIZE,
             max_num_batched_tokens=TOKENS_PER_STEP,
             skip_tokenizer_init=True,
@@ -108,6 +120,8 @@ def _cell(
     gc.collect()
     gc.freeze()  # as vLLM does once an engine has started
     seconds: dict[str, list[Any]] = {name: [] for name in sides}
+    for side in sides.values():
+        side.steps(BLOCK_SIZE)
     for _ in range(rounds):
         for name, side in sides.items():
             seconds[name].append(side.steps(BLOCK_SIZE))
@@ -132,10 +146,14 @@ def _cell(
         "num_tokens": num_tokens,
         "microseconds": microseconds,
         "added_microseconds": added,
-        "scheduler_ratio": statistics.median(
-            ours.scheduler / stock.scheduler
-            for ours, stock in zip(seconds["semantic"], seconds["stock"], strict=True)
-        ),
+        "scheduler_ratio": {
+            name: statistics.median(
+                ours.scheduler / stock.scheduler
+                for ours, stock in zip(measured, seconds["stock"], strict=True)
+            )
+            for name, measured in seconds.items()
+            if name != "stock"
+        },
         "evicted_blocks": sides["semantic"].evicted_blocks(),
     }
 
@@ -150,7 +168,8 @@ def growth(cells: list[dict[str, Any]]) -> dict[str, float]:
 
 def _table(report: dict[str, Any]) -> Table:
     table = Table(title="Microseconds a step on the host")
-    for name in ("requests", "context", "scheduler", "semantic", "over stock"):
+    head = ("requests", "context", "scheduler", "semantic", "over stock", "ample over stock")
+    for name in head:
         table.add_column(name, justify="right")
     others = [name for name in report["context"]["sides"] if name not in ("stock", "semantic")]
     for name in ("added in all", *(f"added, {name.removeprefix('semantic, ')}" for name in others)):
@@ -162,8 +181,9 @@ def _table(report: dict[str, Any]) -> Table:
             str(cell["num_tokens"]),
             f"{times['stock']['scheduler']:.0f}",
             f"{times['semantic']['scheduler']:.0f}",
-            f"{cell['scheduler_ratio']:.3f}",
+            f"{cell['scheduler_ratio']['semantic']:.3f}",
+            f"{cell['scheduler_ratio']['ample']:.3f}",
             f"{added['semantic']:.0f}",
-            *(f"{added[name]:.0f}" for name in others),
+            *(f"{added[name]:.0f}" if name in added else "" for name in others),
         )
     return table

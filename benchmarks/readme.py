@@ -19,6 +19,9 @@ FIGURES = {
     "decode_flatness_4k_over_512_stock": "the same, stock",
     "scoring_share_of_step": "scoring and eviction, share of a decode step",
     "compaction_share_of_step": "table compaction, share of a decode step",
+    "host_step_over_stock_idle_256": "scheduler's part of a step of 256 requests over stock's, "
+    "budget never reached",
+    "host_step_over_stock_evicting_256": "the same, every request over its budget",
 }
 
 PAIRS = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import overhead
 from benchmarks.host import Host
 
 pytestmark = pytest.mark.cpu_build(
@@ -49,3 +50,13 @@ def test_both_sides_decode_and_one_evicts(num_groups: int, llama: str) -> None:
         assert manager.stats.evicted_blocks > 0
         # Every step that evicts is asked for its scores first.
         assert manager.stats.fallbacks == 0
+
+
+def test_overhead_measures_every_side(llama: str) -> None:
+    sides = overhead.SIDES | {"two": {"name": "semantic", "layer_groups": 2}}
+    cell = overhead.measure(llama, 3, 512, rounds=2, policies=sides)
+    assert cell["microseconds"].keys() == sides.keys()
+    assert cell["scheduler_ratio"].keys() == sides.keys() - {"stock"}
+    assert all(0 < ratio < 100 for ratio in cell["scheduler_ratio"].values())
+    # Each request loses a block in each round, and more while prompts are read.
+    assert cell["evicted_blocks"] >= 3 * 3
