@@ -26,10 +26,13 @@ def weights(
     """
     num_layers, num_queries, num_heads, head_size = queries.shape
     num_blocks, num_kv_heads, block_size = keys.shape[1:4]
-    flat = keys.transpose(1, 2).reshape(num_layers, num_kv_heads, -1, head_size)
-    grouped = queries.transpose(1, 2).reshape(num_layers, num_kv_heads, -1, head_size)
-    logits = (grouped @ flat.transpose(2, 3)).view(num_layers, num_heads, num_queries, -1) * scale
+    # Channel by channel, as CPU kernels keep the keys of a block: the one copy of them is cheap.
+    by_channel = keys.permute(0, 2, 4, 1, 3).reshape(num_layers, num_kv_heads, head_size, -1)
+    grouped = queries.transpose(1, 2).reshape(num_layers, num_kv_heads, -1, head_size) * scale
+    logits = (grouped @ by_channel).view(num_layers, num_heads, num_queries, -1)
     newest_last = torch.arange(num_tokens - num_queries, num_tokens, device=positions.device)
-    hidden = positions.flatten() > newest_last.unsqueeze(1)  # [num_queries, num_keys]
-    logits.masked_fill_(hidden, float("-inf"))
+    # Only the last blocks can hold what is newer than a query.
+    newest = min(num_blocks, 1 + -(-num_queries // block_size)) * block_size
+    hidden = positions.flatten()[-newest:] > newest_last.unsqueeze(1)  # [num_queries, newest]
+    logits[..., -newest:].masked_fill_(hidden, float("-inf"))
     return logits.softmax(-1).unflatten(3, (num_blocks, block_size))
