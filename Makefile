@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PLATFORM := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+# Files of tests at a time; engines share one GPU badly.
+JOBS ?= $(if $(filter cuda,$(PLATFORM)),0,2)
 CORPUS ?=
 RUN ?= training-run
 
@@ -41,7 +43,7 @@ demo: install
 	$(BIN)/python -W ignore -m benchmarks demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 figures: install
 	$(BIN)/python -W ignore -m benchmarks figures
