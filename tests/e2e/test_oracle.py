@@ -107,8 +107,8 @@ def test_groups_of_layers_agree_with_oracle(
             assert len(scheduler_of(llm).kv_policy_managers) == 2
             runs += generate(llm, model, policy, random_prompts([600, 330]), 100)
     assert_agree(runs)
-    chosen = [groups for _, trace, _ in runs for groups in trace.values()]
-    assert sum(first != second for first, second in chosen) > 4
+    for _, trace, _ in runs:
+        assert any(first != second for first, second in trace.values()), trace
 
 
 def test_chunk_sizes_agree_with_oracle(llama: str) -> None:
