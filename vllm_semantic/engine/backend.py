@@ -112,8 +112,10 @@ class CompactingBuilder:
                 common = self._stage(common, self.buffers)
             if self.buffers.windows is not None:
                 self.buffers.place_queries(self.query_rows(common_attn_metadata))
-                if self.buffers.num_kept or self.captured:
+                if self.captured:  # a graph has one launch, for as many as there may be
                     query_places = self.buffers.query_places
+                elif num_kept := self.buffers.num_kept:
+                    query_places = self.buffers.query_places[: 1 + num_kept]
         metadata = super().build(  # type: ignore[misc]
             common_prefix_len, common, fast_build
         )

@@ -15,7 +15,7 @@ def keep_queries(rings: torch.Tensor, queries: torch.Tensor, places: torch.Tenso
     Args:
         rings: ``[num_rows, num_heads, head_size]``, contiguous; written in place.
         queries: ``[num_tokens, num_heads, head_size]`` with any strides.
-        places: ``[1 + num_rows, 2]`` int64. First ``(num_kept, 0)``; then, for each kept query,
+        places: ``[1 + n, 2]`` int64, n at least num_kept. First ``(num_kept, 0)``; then, for each,
             its row of ``queries`` and its row of ``rings``.
     """
     if runs_triton(queries.device):

@@ -15,7 +15,7 @@ ELEMENTS = 2048
 def keep_queries_kernel(
     rings,  # [num_rows, num_heads, head_size], contiguous
     queries,  # [num_tokens, num_heads, head_size]
-    places,  # [1 + num_rows, 2] int64, contiguous
+    places,  # [1 + n, 2] int64, contiguous
     query_stride_token,
     query_stride_head,
     query_stride_channel,
