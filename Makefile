@@ -43,7 +43,7 @@ demo: install
 	$(BIN)/python -W ignore -m benchmarks demo
 
 test: install
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 figures: install
 	$(BIN)/python -W ignore -m benchmarks figures

@@ -135,6 +135,7 @@ def run(settings: Settings, out: Path = RESULTS / "quality.json") -> dict[str, A
             progress.update(task, description=title)
             measured[title] = measure(settings, row, work)
             progress.advance(task)
+            console.print(f"{title}: {measured[title].get('seconds', 0):.0f} s")
     report = summarise(settings, measured, work.documents)
     for table in tables.of(report):
         console.print(table)

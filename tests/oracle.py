@@ -1,8 +1,8 @@
 """The correctness oracle: transformers in float32 with evicted positions masked.
 
 An implementation of its own, from the policy's definition: it shares no code with the
-plugin. It runs in a process of its own (``python -m tests.oracle < cases.json``), because
-vLLM's Transformers backend patches the model classes of the process it runs in.
+plugin. It runs in a process of its own (``python -m tests.oracle``), because vLLM's Transformers
+backend patches the model classes of the process it runs in.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import traceback
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,22 +64,30 @@ class Verdict:
 
 
 def judge(cases: list[Case]) -> list[Verdict]:
-    """Run the oracle over some cases in a process of its own."""
-    root = Path(__file__).resolve().parent.parent
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.oracle"],
-        input=json.dumps([asdict(case) for case in cases]),
-        capture_output=True,
-        text=True,
-        cwd=root,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    verdicts = [Verdict(**verdict) for verdict in json.loads(run.stdout)]
+    """Run the oracle over some cases, in a process of its own that lives as long as this one."""
+    process = _process()
+    process.stdin.write(json.dumps([asdict(case) for case in cases]) + "\n")
+    process.stdin.flush()
+    answer = json.loads(process.stdout.readline())
+    assert "error" not in answer, answer["error"]
+    verdicts = [Verdict(**verdict) for verdict in answer["verdicts"]]
     for verdict in verdicts:
         verdict.evictions = {int(k): v for k, v in verdict.evictions.items()}
         verdict.margins = {int(k): v for k, v in verdict.margins.items()}
     return verdicts
+
+
+@cache
+def _process() -> Any:
+    """Ends with its standard input, so with this process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.oracle"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=Path(__file__).resolve().parent.parent,
+    )
 
 
 def eviction_points(case: Case) -> list[int]:
@@ -431,17 +441,24 @@ class Oracle:
 
 
 def main() -> None:
-    cases = [Case(**case) for case in json.load(sys.stdin)]
+    """Answer each line of standard input, a list of cases, with a line of verdicts."""
     oracles: dict[tuple[str, bool, str], Oracle] = {}
-    verdicts = []
-    for case in cases:
-        if case.forced is not None:
-            case.forced = {int(point): blocks for point, blocks in case.forced.items()}
-        key = (case.model, case.nf4, case.dtype)
-        if key not in oracles:
-            oracles[key] = Oracle(*key)
-        verdicts.append(asdict(oracles[key].run(case)))
-    json.dump(verdicts, sys.stdout)
+    for line in sys.stdin:
+        try:
+            verdicts = [asdict(_verdict(Case(**case), oracles)) for case in json.loads(line)]
+            answer: dict[str, Any] = {"verdicts": verdicts}
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), flush=True)
+
+
+def _verdict(case: Case, oracles: dict[tuple[str, bool, str], Oracle]) -> Verdict:
+    if case.forced is not None:
+        case.forced = {int(point): blocks for point, blocks in case.forced.items()}
+    key = (case.model, case.nf4, case.dtype)
+    if key not in oracles:
+        oracles[key] = Oracle(*key)
+    return oracles[key].run(case)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_quality(tmp_path: Path) -> None:
         budget=(136,),
         tasks=("wikitext", "pg19", "passkey"),
         questions=3,
-        num_tokens=400,
+        num_tokens=320,
         num_prompt=200,
         max_documents=2,
         dtype="float32",

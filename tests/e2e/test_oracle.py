@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
+from .. import interpreter
 from ..engines import engine, reset_trace, scheduler_of
 from ..models import random_prompts
 from ..oracle import Case, Verdict, judge
@@ -65,12 +66,14 @@ def test_engine_agrees_with_oracle(
     architecture: str, block_size: int, request: pytest.FixtureRequest
 ) -> None:
     model = request.getfixturevalue(architecture)
-    prompts = random_prompts([600, 60, 900, 300])
+    # A short prompt that outgrows its budget; Triton's interpreter takes its time for each token.
+    short, num_new = (240, 100) if interpreter.wanted() else (60, 280)
+    prompts = random_prompts([600, short, 900, 300])
     runs: list[Run] = []
     for policy in POLICIES:
         with start(model, policy, block_size=block_size) as llm:
             assert_only_full_attention(llm, OTHER_LAYERS.get(architecture))
-            runs += generate(llm, model, policy, prompts, 280)
+            runs += generate(llm, model, policy, prompts, num_new)
     assert_agree(runs)
     eviction_steps = {frozenset(trace) for _, trace, _ in runs if trace}
     assert len(eviction_steps) > 4, "requests must evict in different steps"

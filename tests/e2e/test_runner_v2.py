@@ -10,8 +10,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,8 +17,6 @@ import pytest
 from .. import interpreter
 
 pytestmark = pytest.mark.cpu_build("on a GPU every suite runs on Model Runner V2")
-
-Run = subprocess.CompletedProcess[str]
 
 SUITES = {
     "kernels": [
@@ -35,10 +31,6 @@ SUITES = {
         "tests/interpreted/test_forcing.py",
         "tests/interpreted/test_measurements.py",
     ],
-    "identity": [
-        "tests/e2e/test_identity.py::test_policy_runs_where_it_says",
-        "tests/e2e/test_identity.py::test_ample_budget_changes_nothing[prefix-caching-semantic]",
-    ],
     "oracle": [
         "tests/e2e/test_oracle.py::test_engine_agrees_with_oracle[llama-32]",
         "tests/e2e/test_oracle.py::test_engine_agrees_with_oracle[neox-64]",
@@ -48,24 +40,18 @@ SUITES = {
         "[semantic, by contribution to one head]",
     ],
     "state": [
+        "tests/e2e/test_identity.py::test_policy_runs_where_it_says",
+        "tests/e2e/test_identity.py::test_ample_budget_changes_nothing[prefix-caching-semantic]",
         "tests/e2e/test_invariance.py::test_after_preemption",
         "tests/e2e/test_invariance.py::test_abort_in_prefill_and_decode",
+        "tests/e2e/test_metrics.py",
     ],
-    "metrics": ["tests/e2e/test_metrics.py"],
 }
 
 
-@pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, repo: Path) -> Iterator[dict[str, Future[Run]]]:
-    """All suites that were asked for, two at a time: each keeps one core busy."""
-    items = (item for item in request.session.items if item.fspath == request.node.fspath)
-    suites = [item.callspec.params["suite"] for item in items]  # type: ignore[attr-defined]
-    with ThreadPoolExecutor(2) as pool:
-        yield {suite: pool.submit(run_suite, suite, repo) for suite in suites}
-
-
-def run_suite(suite: str, repo: Path) -> Run:
-    return subprocess.run(
+@pytest.mark.parametrize("suite", SUITES)
+def test_runner_v2(suite: str, repo: Path) -> None:
+    run = subprocess.run(
         [sys.executable, "-m", "pytest", *SUITES[suite]],
         cwd=repo,
         env=os.environ | {interpreter.SWITCH: "V2"},
@@ -73,11 +59,6 @@ def run_suite(suite: str, repo: Path) -> Run:
         text=True,
         check=False,
     )
-
-
-@pytest.mark.parametrize("suite", SUITES)
-def test_runner_v2(suite: str, runs: dict[str, Future[Run]]) -> None:
-    run = runs[suite].result()
     assert run.returncode == 0, run.stdout[-5000:]
     summary = run.stdout.strip().rpartition("\n")[2]
     passed = re.match(r"(\d+) passed(, \d+ warnings?)? in", summary)

@@ -24,7 +24,7 @@ def server(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 def test_requests_hang_ups_and_a_restart(server: Server, repo: Path) -> None:
-    plan = Plan(requests=60, minutes=5, restarts=1)
+    plan = Plan(requests=36, minutes=5, restarts=1)
     works = catalogue(14, plan.seed, repo / "benchmarks" / "texts" / "pg19")
 
     async def soak() -> dict[str, Any]:
@@ -32,8 +32,8 @@ def test_requests_hang_ups_and_a_restart(server: Server, repo: Path) -> None:
 
     result = asyncio.run(soak())
     assert failures(result) == []
-    assert result["finished"]["equal"] > 30
-    assert sum(result["hung_up"].values()) > 5
+    assert result["finished"]["equal"] > 15
+    assert sum(result["hung_up"].values()) > 3
     assert sum(result["retried"].values()) > 0
 
 

@@ -1,14 +1,20 @@
-"""Streaming-input sessions of a real engine: one policy for all chunks, errors for one alone."""
+"""Requests that go on, in a real engine: one policy for all that is said, errors for one alone.
+
+Streaming-input sessions, and the turns of an answer that calls tools of the server.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.engine.protocol import StreamingInput
+from vllm.entrypoints.openai.responses.context import SimpleContext
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -155,3 +161,64 @@ def test_a_refused_session_is_alone(
     assert beside == alone["beside"]
     (after,) = sessions.run(sessions.session(None, [...] * 4))
     assert after == alone["semantic"]
+
+
+class CallsATool(SimpleContext):
+    """What vLLM keeps of an answer whose first ``turns`` turns end in a call.
+
+    These models were never taught to call; the loop, its parameters and its engine are vLLM's.
+    """
+
+    def __init__(self, prompt: dict[str, list[int]], turns: int) -> None:
+        super().__init__()
+        self.prompt, self.turns = prompt, turns
+        self.answers: list[list[int]] = [[]]
+
+    def append_output(self, output: Any) -> None:
+        self.answers[-1] += output.outputs[0].token_ids
+
+    def need_builtin_tool_call(self) -> bool:
+        return len(self.answers) <= self.turns
+
+    async def call_tool(self) -> list[Any]:
+        return CHUNKS[len(self.answers)]["prompt_token_ids"]
+
+    def append_tool_output(self, output: list[Any]) -> None:
+        self.prompt["prompt_token_ids"] += self.answers[-1] + output
+        self.answers.append([])
+
+
+async def answer_with_tools(sessions: Sessions, context: CallsATool, policy: Any) -> list[int]:
+    serving = SimpleNamespace(
+        engine_client=sessions.engine,
+        model_config=sessions.engine.model_config,
+        _log_inputs=lambda *_, **__: None,
+    )
+    turns = OpenAIServingResponses._generate_with_builtin_tools(
+        serving, f"tools-{id(context)}", context.prompt, asking(policy), context
+    )
+    return [context async for context in turns][-1].answers[-1]
+
+
+def test_turns_with_tools_are_under_one_policy(sessions: Sessions) -> None:
+    """Each turn asks anew, with a longer prompt: it answers as that prompt does alone."""
+    for policy in (None, STREAMING):
+        context = CallsATool({"prompt_token_ids": list(CHUNKS[0]["prompt_token_ids"])}, 3)
+        (last,) = sessions.run(answer_with_tools(sessions, context, policy))
+        assert len(context.prompt["prompt_token_ids"]) == 4 * 180 + 3 * ANSWER
+        (alone,) = sessions.run(sessions.answer(context.prompt, asking(policy)))
+        not_asked = None if policy else STREAMING
+        (other,) = sessions.run(sessions.answer(context.prompt, asking(not_asked)))
+        assert last == alone != other
+
+
+def test_a_turn_that_may_not_go_on_is_alone(sessions: Sessions, alone: Any) -> None:
+    """Under ``full`` the second turn is longer than this server lets a request hold."""
+    context = CallsATool({"prompt_token_ids": list(CHUNKS[0]["prompt_token_ids"])}, 1)
+    refused, beside = sessions.run(
+        answer_with_tools(sessions, context, "full"), sessions.answer(BESIDE, asking(None, 200))
+    )
+    assert isinstance(refused, KVPolicyError)
+    assert "keeps" in str(refused)
+    assert len(context.answers[0]) == ANSWER
+    assert beside == alone["beside"]

@@ -29,7 +29,6 @@ from .compare import Comparison, Witness
 
 FLAGS = [
     *SMALL_BUDGET,
-    "--dtype=float32",
     "--max-model-len=512",
     "--num-gpu-blocks-override=64",
     "--max-num-seqs=8",

@@ -17,7 +17,6 @@ POOL_BLOCKS = 40
 """Three of the largest requests at once; more preempt each other."""
 
 FLAGS = [
-    "--dtype=float32",
     *SMALL_BUDGET,
     f"--num-gpu-blocks-override={POOL_BLOCKS}",
     "--max-num-seqs=8",
