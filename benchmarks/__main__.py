@@ -131,7 +131,7 @@ def main() -> None:
         options |= quality.PRESETS[args.preset] if args.preset else {}
         report = quality.run(quality.Settings(**options), args.out)
         if args.figures:
-            figures.add(quality.headline(report), report["context"], "quality")
+            figures.add(quality.headline(report), report["context"], args.out.stem)
     elif args.task == "variants":
         settings = variants.Settings(args.model, num_documents=args.num_documents)
         variants.run(settings, args.out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from . import recall, tables, texts
 from .context import RESULTS, context
 from .demo import progress_bar
 from .engines import RemoteEngine, engine
+from .models import CHECKPOINT
 from .rows import Row, rows_of
 from .shapes import kv_bytes
 from .statistics import by_distance, paired_difference, perplexity, turned
@@ -127,20 +129,21 @@ def run(settings: Settings, out: Path = RESULTS / "quality.json") -> dict[str, A
     console = Console()
     rows = rows_of(settings.policies, settings.quantization, settings.budget, settings.layer_groups)
     work = prepare(settings)
+    out.parent.mkdir(parents=True, exist_ok=True)
     measured: dict[str, dict[str, Any]] = {}
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(rows))
         for row in rows:
             title = row.title(settings.budget)
             progress.update(task, description=title)
+            began = time.perf_counter()
             measured[title] = measure(settings, row, work)
+            report = summarise(settings, measured, work.documents)
+            out.write_text(json.dumps(report, indent=1) + "\n")  # a run may be cut short
             progress.advance(task)
-            console.print(f"{title}: {measured[title].get('seconds', 0):.0f} s")
-    report = summarise(settings, measured, work.documents)
+            console.print(f"{title}: {time.perf_counter() - began:.0f} s")
     for table in tables.of(report):
         console.print(table)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
     for path in draw(report, out):
         console.print(f"plot: {path.name}")
     return report
@@ -205,9 +208,10 @@ def summarise(
     }
     losses: dict[str, dict[str, list[list[float]]]] = {}
     for name, row in rows.items():
-        every = iter(row.pop("nll", []))
+        every = iter(row.get("nll", []))
         losses[name] = {text: [next(every) for _ in of] for text, of in found.items()}
-        report["rows"][name] = row | _of_losses(settings, losses[name], row)
+        kept = {what: value for what, value in row.items() if what != "nll"}
+        report["rows"][name] = kept | _of_losses(settings, losses[name], row)
     for first, second in itertools.combinations(rows, 2):
         report["differences"][f"{first} - {second}"] = {
             text: asdict(paired_difference(losses[first][text], losses[second][text]))
@@ -284,7 +288,12 @@ def _by_budget(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def headline(report: dict[str, Any]) -> dict[str, Any]:
-    """The figures that the issue of quality is judged by, as far as the report has their rows."""
+    """The figures of quality, as far as a report has their rows.
+
+    On SmolLM2 they are called ``real_...``, and are of the one row of the semantic policy.
+    """
+    if report["context"]["model"] == CHECKPOINT:
+        return _real_headline(report)
     rows, found = report["rows"], {}
     ppl = {name: row["perplexity"] for name, row in rows.items() if "perplexity" in row}
     for text in report["documents"]:
@@ -308,4 +317,29 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
             measured = rows.get(policy, {}).get("recall", {}).get(task)
             if measured:
                 found[f"recall_{task}_{policy}"] = measured["accuracy"]
+    return found
+
+
+def _real_headline(report: dict[str, Any]) -> dict[str, float]:
+    """Excess over the full cache by streaming's, and what is lost less streaming's, in nats.
+
+    Raises:
+        ValueError: the report has not one row of the semantic policy.
+    """
+    rows, found = report["rows"], {}
+    semantic = [name for name in rows if name.partition(":")[0].partition(" ")[0] == "semantic"]
+    if len(semantic) != 1:
+        raise ValueError(f"--figures: of which row? {', '.join(semantic)}; allowed: one")
+    pairs = report["differences"][f"streaming - {semantic[0]}"]
+    for text, pair in pairs.items():
+        minus_streaming = turned(pair)
+        if report["context"]["mode"] == "prefill":
+            name = f"real_prefill_semantic_minus_streaming_{text}"
+            found[name] = minus_streaming["mean"]
+            continue
+        full, age, ours = (
+            rows[row]["perplexity"][text] for row in ("full", "streaming", *semantic)
+        )
+        found[f"real_excess_{text}"] = (ours / full - 1) / (age / full - 1)
+        found[f"real_semantic_minus_streaming_upper_{text}"] = minus_streaming["ci_high"]
     return found
