@@ -1,4 +1,4 @@
-"""The main job in one table: four ways to hold the same texts in memory."""
+"""The main job in one table: four ways to hold the same texts in memory, and what each answers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import statistics, texts
+from . import recall, statistics, texts
 from .context import MODEL, RESULTS, context
 from .engines import engine
+from .shapes import kv_bytes
 
 NF4 = {"quantization": "bitsandbytes"}
 
@@ -45,6 +46,14 @@ class Settings:
     num_documents: int = 4
 
 
+NEXT = """\
+What to try next, in this environment (source .venv/bin/activate):
+  vllm serve MODEL --kv-policy semantic
+  python -m vllm_semantic doctor MODEL --kv-policy semantic     what would run, before it does
+  python -m benchmarks demo --model smollm2 --num-tokens 1000 --num-documents 1
+      the same on SmolLM2-135M, which is fetched once (93 MB)"""
+
+
 def progress_bar(console: Console) -> Progress:
     """A bar that says what is under way, how far and since when."""
     return Progress(
@@ -57,15 +66,19 @@ def progress_bar(console: Console) -> Progress:
 
 
 def run(settings: Settings, out: Path | None = RESULTS / "demo.json") -> dict[str, Any]:
-    """Start an engine for each row, measure it, print the table, keep the JSON."""
+    """Start an engine for each row, measure it, print the tables, keep the JSON."""
+    from transformers import AutoTokenizer
+
     corpora = {
         name: texts.documents(name, settings.model, settings.num_tokens)[: settings.num_documents]
         for name in ("wikitext", "pg19")
     }
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    question = _question(settings, tokenizer, corpora["pg19"])
     console = Console()
     rows = []
     with progress_bar(console) as progress:
-        task = progress.add_task("", total=len(ROWS) * 2)
+        task = progress.add_task("", total=len(ROWS) * 3)
         for row in ROWS:
             progress.update(task, description=f"{row.title}: starting vLLM")
             with engine(
@@ -73,8 +86,8 @@ def run(settings: Settings, out: Path | None = RESULTS / "demo.json") -> dict[st
                 row.policy,
                 dtype="bfloat16",
                 max_model_len=settings.num_tokens,
-                max_num_batched_tokens=512,
-                kv_cache_memory_bytes=256 << 20,
+                max_num_batched_tokens=settings.num_tokens,  # the question is read with the rest
+                kv_cache_memory_bytes=_kv_bytes(settings),
                 enforce_eager=True,
                 **({"block_size": 32} if row.policy == "full" else {}),
                 **row.engine_kwargs,
@@ -89,22 +102,56 @@ def run(settings: Settings, out: Path | None = RESULTS / "demo.json") -> dict[st
                     name: statistics.perplexity([next(losses) for _ in documents])
                     for name, documents in corpora.items()
                 }
+                progress.update(task, advance=1, description=f"{row.title}: answering")
+                (answer,) = side.tokens([question.prompt_token_ids], len(question.answer_token_ids))
                 num_tokens = settings.num_tokens * sum(map(len, corpora.values()))
                 rows.append(
                     {
                         "row": row.title,
                         "perplexity": perplexity,
                         "tokens_per_second": num_tokens / measured["seconds"],
+                        "answer": tokenizer.decode(answer).strip(),
+                        "right": answer == question.answer_token_ids,
                     }
                     | side.stats()
                 )
                 progress.advance(task)
-    report = {"context": context(**vars(settings)), "rows": rows}
+    report = {
+        "context": context(**vars(settings)),
+        "question": tokenizer.decode(question.prompt_token_ids).rpartition("\n")[2].strip(),
+        "expected": tokenizer.decode(question.answer_token_ids).strip(),
+        "rows": rows,
+    }
     console.print(_table(report))
+    console.print(_answers(report))
+    console.print(NEXT, highlight=False, soft_wrap=True)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _question(settings: Settings, tokenizer: Any, documents: list[list[int]]) -> recall.Question:
+    """What is asked at the end of a document and said a third of the way into it."""
+    return recall.questions("passkey", tokenizer, documents, settings.num_tokens, 4, seed=0)[1]
+
+
+def _kv_bytes(settings: Settings) -> int:
+    """For all documents of both texts, and the question."""
+    num_documents = 2 * settings.num_documents + 1
+    return kv_bytes(settings.model, num_documents * (settings.num_tokens + 128))
+
+
+def _answers(report: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"A fact far back in {report['context']['num_tokens']} tokens: "
+        f'"{report["question"]}" ({report["expected"]})'
+    )
+    table.add_column("KV policy")
+    table.add_column("answer")
+    for row in report["rows"]:
+        table.add_row(row["row"], f"{row['answer']}  {'right' if row['right'] else 'wrong'}")
+    return table
 
 
 def _table(report: dict[str, Any]) -> Table:

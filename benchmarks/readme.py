@@ -42,7 +42,7 @@ def run() -> None:
     """Replace what stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``."""
     tables: dict[str, list[tuple[str, str, Callable[[dict[str, Any]], str]]]] = {
         "README.md": [
-            ("demo", "demo", _demo),
+            ("demo", "demo", demo_table),
             ("figures", "figures", _figures),
             ("capacity", "capacity", _capacity),
             ("overhead", "overhead", _overhead),
@@ -99,10 +99,11 @@ def _test_link(test: str) -> str:
     return f"[{name.replace('[', ' (').replace(']', ')')}](tests/{file})"
 
 
-def _demo(report: dict[str, Any]) -> str:
+def demo_table(report: dict[str, Any]) -> str:
+    """A wrong answer is struck out."""
     corpora = list(report["rows"][0]["perplexity"])
     head = ["KV policy", *(f"PPL {name}" for name in corpora)]
-    head += ["tok/s", "peak KV blocks", "evicted blocks", "weights MB"]
+    head += ["tok/s", "peak KV blocks", "evicted blocks", "weights MB", "answer"]
     rows = [
         [
             row["row"],
@@ -111,13 +112,16 @@ def _demo(report: dict[str, Any]) -> str:
             str(row["peak_kv_blocks"]),
             str(row["evicted_blocks"]),
             f"{row['weight_bytes'] / 1e6:.1f}",
+            row["answer"] if row["right"] else f"~~{row['answer']}~~",
         ]
         for row in report["rows"]
     ]
     settings = report["context"]
     return _table(head, rows) + (
         f"\n\n{settings['num_documents']} documents a text of {settings['num_tokens']} tokens, "
-        f"teacher-forced token by token after {settings['num_prompt']}; {_where(settings)}."
+        f"teacher-forced token by token after {settings['num_prompt']}; answer: to "
+        f'"{report["question"]}" at the end of such a text, which says it ({report["expected"]}) a '
+        f"third of the way in; {_where(settings)}."
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks import quality
+from benchmarks import demo, quality, readme
 from benchmarks.context import MODEL
 from benchmarks.engines import engine
 from benchmarks.rows import policy_options
@@ -61,6 +61,20 @@ def test_forced_text_and_memory(llama: str) -> None:
     assert stats["evicted_blocks"] == len(evicted) > 0
     on_disk = load_file(Path(llama) / "model.safetensors")
     assert stats["weight_bytes"] == sum(tensor.nbytes for tensor in on_disk.values())
+
+
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fact that age drops and similarity keeps; the README's table says what was answered."""
+    monkeypatch.setattr(demo, "ROWS", demo.ROWS[1:3])
+    settings = demo.Settings(num_tokens=600, num_prompt=300, num_documents=1)
+    report = demo.run(settings, tmp_path / "demo.json")
+    streaming, semantic = report["rows"]
+    assert all(row["evicted_blocks"] > 0 for row in report["rows"])
+    assert (streaming["right"], semantic["right"]) == (False, True)
+    assert semantic["answer"] == report["expected"] != streaming["answer"]
+    table = readme.demo_table(json.loads((tmp_path / "demo.json").read_text()))
+    assert f"| {report['expected']} |" in table
+    assert f"| ~~{streaming['answer']}~~ |" in table
 
 
 def test_quality(tmp_path: Path) -> None:
