@@ -2,13 +2,14 @@
 
 On a GPU the suites run on what vLLM chooses there: Model Runner V2, asynchronous scheduling, and
 for the float32 of most tests TRITON_ATTN, as FLASH_ATTN and FLASHINFER take 16 bits alone.
+
+Importing this loads neither vLLM nor torch, which would count threads before conftest.py says how
+many.
 """
 
 from __future__ import annotations
 
 from functools import cache
-
-from vllm_semantic.hooks import DEFAULT_BLOCK_SIZE
 
 from . import interpreter
 
@@ -33,6 +34,8 @@ def eviction_delay() -> int:
 
 def default_block_size() -> int:
     """What a policy sets where nobody says."""
+    from vllm_semantic.hooks import DEFAULT_BLOCK_SIZE
+
     return DEFAULT_BLOCK_SIZE["cuda" if on_gpu() else "cpu"]
 
 

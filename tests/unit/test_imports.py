@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vllm_semantic.hooks import WORKERS
 
@@ -35,6 +37,11 @@ class NoVllm:
 
 sys.meta_path.insert(0, NoVllm())
 """
+
+
+def test_engines_take_as_many_threads_as_they_are_given() -> None:
+    """Files of tests run beside each other: two engines of all cores each wait for one another."""
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
 
 
 def run_python(code: str, repo: Path) -> str:
