@@ -354,7 +354,8 @@ class EngineSide:
         config = self.scheduler.kv_cache_config
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         return {
-            "kv_pool": sum(tensor.size for tensor in config.kv_cache_tensors),
+            # Of the whole allocation, which groups of layers overlay.
+            "kv_pool": max(tensor.size for tensor in config.kv_cache_tensors),
             "peak_allocated": peak,
         }
 

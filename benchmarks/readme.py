@@ -46,6 +46,7 @@ def run() -> None:
             ("figures", "figures", _figures),
             ("capacity", "capacity", _capacity),
             ("overhead", "overhead", _overhead),
+            ("real", "real", _rules),
             ("quality", "quality", _quality),
             ("recall", "quality", _recall),
         ],
@@ -247,9 +248,10 @@ def _rules(report: dict[str, Any]) -> str:
             ratio = (row["perplexity"][name] / full[name] - 1) / (age[name] / full[name] - 1)
             cells += [f"{row['perplexity'][name]:.2f}", f"{ratio:.2f}", _minus(report, title, name)]
         rows.append(cells + [f"{100 * row['recall'][task]['accuracy']:.0f} %" for task in tasks])
+    asked = f"{report['context']['questions']} questions a recall task; " if tasks else ""
     return _table([*head, *tasks], rows) + (
         f"\n\n{_read(report)}; excess: of the perplexity over full, by streaming's; "
-        f"{report['context']['questions']} questions a recall task; {_where(report['context'])}."
+        f"{asked}{_where(report['context'])}."
     )
 
 
