@@ -486,7 +486,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_schedulers(asynchronous: bool, policies: list[dict[str, Any]], llama: str) -> None:
     seen: Counter[str] = Counter()
-    run_lives(lambda: SchedulerMachine(llama, asynchronous, policies, seen), 200)
+    run_lives(lambda: SchedulerMachine(llama, asynchronous, policies, seen), 400)
     # Lives without these would show nothing.
     common = {"steps": 5000, "hits": 50, "resumed": 50, "resumed with a hit": 5}
     common["aborted in flight"] = 20
