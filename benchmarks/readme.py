@@ -127,7 +127,7 @@ def demo_table(report: dict[str, Any]) -> str:
 
 
 def _figures(report: dict[str, Any]) -> str:
-    rows = [[words, f"{report[name]:.3f}"] for name, words in FIGURES.items()]
+    rows = [[words, f"{report[name]:.3f}"] for name, words in FIGURES.items() if name in report]
     return _table(["figure", "measured"], rows) + f"\n\n{_where(report['context'])}."
 
 
