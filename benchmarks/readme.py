@@ -24,6 +24,9 @@ FIGURES = {
     "host_step_over_stock_evicting_256": "the same, every request over its budget",
 }
 
+TASKS = ("no_eviction", "kv_bound", "decode_cost", "host_step")
+"""Of ``python -m benchmarks figures``; each may be measured by itself."""
+
 PAIRS = (
     "full - streaming",
     "full - semantic",
@@ -128,7 +131,9 @@ def demo_table(report: dict[str, Any]) -> str:
 
 def _figures(report: dict[str, Any]) -> str:
     rows = [[words, f"{report[name]:.3f}"] for name, words in FIGURES.items() if name in report]
-    return _table(["figure", "measured"], rows) + f"\n\n{_where(report['context'])}."
+    dates = [f"{name} {of['date'][:10]}" for name, of in report["details"].items() if name in TASKS]
+    where = f"{_where(report['context'])}; measured: {', '.join(dates)}."
+    return _table(["figure", "measured"], rows) + f"\n\n{where}"
 
 
 def _capacity(report: dict[str, Any]) -> str:
