@@ -44,18 +44,16 @@ def run(
     each task's detail says when it was measured.
     """
     console = Console()
-    tasks = [no_eviction, kv_bound, decode_cost, host_step]
-    if only:
-        tasks = [task for task in tasks if task.__name__ in only]
+    tasks = {name: task for name, task in TASKS.items() if not only or name in only}
     report: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"details": {}}
     report["context"] = context(model, rounds=rounds, block_size=BLOCK_SIZE, dtype="bfloat16")
-    for task in tasks:
-        console.print(f"[bold]{task.__name__}[/]: {(task.__doc__ or '').splitlines()[0]}")
+    for name, task in tasks.items():
+        console.print(f"[bold]{name}[/]: {(task.__doc__ or '').splitlines()[0]}")
         found, detail = task(model, rounds)
         report |= found
-        report["details"][task.__name__] = {"date": report["context"]["date"], **detail}
-        for name, value in found.items():
-            console.print(f"  {name} = {value:.4g}")
+        report["details"][name] = {"date": report["context"]["date"], **detail}
+        for figure, value in found.items():
+            console.print(f"  {figure} = {value:.4g}")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n")
     table = Table(title="Figures")
@@ -181,6 +179,10 @@ def host_step(model: str, rounds: int) -> tuple[dict[str, float], dict[str, Any]
         },
         {"num_tokens": HOST_TOKENS, "cells": cells},
     )
+
+
+TASKS = {task.__name__: task for task in (no_eviction, kv_bound, decode_cost, host_step)}
+"""Each may be measured by itself."""
 
 
 def alternate(

@@ -29,7 +29,7 @@ from .engines import RemoteEngine, engine
 from .models import CHECKPOINT
 from .rows import Row, rows_of
 from .shapes import kv_bytes
-from .statistics import by_distance, paired_difference, perplexity, turned
+from .statistics import by_distance, difference, excess_ratio, paired_difference, perplexity
 
 BUCKET = 250
 """Tokens of a bucket of loss by distance."""
@@ -298,15 +298,14 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
     ppl = {name: row["perplexity"] for name, row in rows.items() if "perplexity" in row}
     for text in report["documents"]:
         if {"full", "streaming", "semantic"} <= ppl.keys():
-            excess = {name: ppl[name][text] / ppl["full"][text] - 1 for name in ppl}
-            found[f"ppl_excess_ratio_{text}"] = excess["semantic"] / excess["streaming"]
-            found[f"ppl_full_gain_over_streaming_{text}"] = excess["streaming"]
-        pair = report["differences"].get("streaming - NF4 + semantic", {}).get(text)
-        if pair:
+            ours, full, age = (ppl[name][text] for name in ("semantic", "full", "streaming"))
+            found[f"ppl_excess_ratio_{text}"] = excess_ratio(ours, full, age)
+            found[f"ppl_full_gain_over_streaming_{text}"] = age / full - 1
+        if {"streaming", "NF4 + semantic"} <= ppl.keys():
             name = f"nll_nf4_semantic_minus_streaming_{text}"
-            difference = turned(pair)
-            found[name] = difference["mean"]
-            found |= {f"{name}_{end}": difference[end] for end in ("ci_low", "ci_high")}
+            less = difference(report["differences"], "NF4 + semantic", "streaming", text)
+            found[name] = less["mean"]
+            found |= {f"{name}_{end}": less[end] for end in ("ci_low", "ci_high")}
     rules = [name for name in ppl if name not in ("full", "oracle") and "NF4" not in name]
     if len(rules) > 2:
         found["best_rule"] = min(rules, key=lambda name: sum(map(math.log, ppl[name].values())))
@@ -326,20 +325,17 @@ def _real_headline(report: dict[str, Any]) -> dict[str, float]:
     Raises:
         ValueError: the report has not one row of the semantic policy.
     """
-    rows, found = report["rows"], {}
-    semantic = [name for name in rows if name.partition(":")[0].partition(" ")[0] == "semantic"]
+    semantic = [name for name in report["rows"] if name.startswith("semantic")]
     if len(semantic) != 1:
         raise ValueError(f"--figures: of which row? {', '.join(semantic)}; allowed: one")
-    pairs = report["differences"][f"streaming - {semantic[0]}"]
-    for text, pair in pairs.items():
-        minus_streaming = turned(pair)
+    found = {}
+    for text in report["documents"]:
+        less = difference(report["differences"], semantic[0], "streaming", text)
         if report["context"]["mode"] == "prefill":
-            name = f"real_prefill_semantic_minus_streaming_{text}"
-            found[name] = minus_streaming["mean"]
-            continue
-        full, age, ours = (
-            rows[row]["perplexity"][text] for row in ("full", "streaming", *semantic)
-        )
-        found[f"real_excess_{text}"] = (ours / full - 1) / (age / full - 1)
-        found[f"real_semantic_minus_streaming_upper_{text}"] = minus_streaming["ci_high"]
+            found[f"real_prefill_semantic_minus_streaming_{text}"] = less["mean"]
+        else:
+            rows = (*semantic, "full", "streaming")
+            ppl = (report["rows"][row]["perplexity"][text] for row in rows)
+            found[f"real_excess_{text}"] = excess_ratio(*ppl)
+            found[f"real_semantic_minus_streaming_upper_{text}"] = less["ci_high"]
     return found

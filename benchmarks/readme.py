@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from . import figures
 from .context import RESULTS, ROOT
-from .statistics import turned
+from .statistics import difference, excess_ratio
 
 FIGURES = {
     "no_eviction_throughput_ratio": "budget never reached: throughput over stock",
@@ -23,9 +24,6 @@ FIGURES = {
     "budget never reached",
     "host_step_over_stock_evicting_256": "the same, every request over its budget",
 }
-
-TASKS = ("no_eviction", "kv_bound", "decode_cost", "host_step")
-"""Of ``python -m benchmarks figures``; each may be measured by itself."""
 
 PAIRS = (
     "full - streaming",
@@ -131,7 +129,8 @@ def demo_table(report: dict[str, Any]) -> str:
 
 def _figures(report: dict[str, Any]) -> str:
     rows = [[words, f"{report[name]:.3f}"] for name, words in FIGURES.items() if name in report]
-    dates = [f"{name} {of['date'][:10]}" for name, of in report["details"].items() if name in TASKS]
+    details = {name: of for name, of in report["details"].items() if name in figures.TASKS}
+    dates = [f"{name} {of['date'][:10]}" for name, of in details.items()]
     where = f"{_where(report['context'])}; measured: {', '.join(dates)}."
     return _table(["figure", "measured"], rows) + f"\n\n{where}"
 
@@ -202,8 +201,8 @@ def _quality(report: dict[str, Any]) -> str:
     )
 
 
-def _interval(difference: dict[str, float]) -> str:
-    return f"{difference['mean']:+.4f} [{difference['ci_low']:+.4f}, {difference['ci_high']:+.4f}]"
+def _interval(of: Mapping[str, float]) -> str:
+    return f"{of['mean']:+.4f} [{of['ci_low']:+.4f}, {of['ci_high']:+.4f}]"
 
 
 def _read(report: dict[str, Any]) -> str:
@@ -250,8 +249,9 @@ def _rules(report: dict[str, Any]) -> str:
     for title, row in report["rows"].items():
         cells = [title]
         for name in names:
-            ratio = (row["perplexity"][name] / full[name] - 1) / (age[name] / full[name] - 1)
-            cells += [f"{row['perplexity'][name]:.2f}", f"{ratio:.2f}", _minus(report, title, name)]
+            ppl = row["perplexity"][name]
+            excess = excess_ratio(ppl, full[name], age[name])
+            cells += [f"{ppl:.2f}", f"{excess:.2f}", _minus(report, title, name)]
         rows.append(cells + [f"{100 * row['recall'][task]['accuracy']:.0f} %" for task in tasks])
     asked = f"{report['context']['questions']} questions a recall task; " if tasks else ""
     return _table([*head, *tasks], rows) + (
@@ -264,10 +264,7 @@ def _minus(report: dict[str, Any], title: str, text: str) -> str:
     """A row's loss less streaming's, with its interval."""
     if title == "streaming":
         return "0"
-    differences = report["differences"]
-    if (pair := f"{title} - streaming") in differences:
-        return _interval(differences[pair][text])
-    return _interval(turned(differences[f"streaming - {title}"][text]))
+    return _interval(difference(report["differences"], title, "streaming", text))
 
 
 def _variants(report: dict[str, Any]) -> str:

@@ -61,6 +61,27 @@ def turned(difference: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+def difference(
+    differences: Mapping[str, Mapping[str, Mapping[str, float]]], first: str, second: str, text: str
+) -> Mapping[str, float]:
+    """What ``first`` loses less what ``second`` loses, whichever way round a report has the pair.
+
+    Args:
+        differences: of a report, by ``"row - other row"`` and text.
+        first: a row.
+        second: another.
+        text: one of the report's.
+    """
+    if (pair := f"{first} - {second}") in differences:
+        return differences[pair][text]
+    return turned(differences[f"{second} - {first}"][text])
+
+
+def excess_ratio(ppl: float, full: float, age: float) -> float:
+    """Excess of a perplexity over the full cache's, by that of dropping by age: 1 is age."""
+    return (ppl / full - 1) / (age / full - 1)
+
+
 def by_distance(
     documents: Sequence[Sequence[float]], start: int, width: int
 ) -> list[tuple[int, float]]:

@@ -68,7 +68,9 @@ def judge(cases: list[Case]) -> list[Verdict]:
     process = _process()
     process.stdin.write(json.dumps([asdict(case) for case in cases]) + "\n")
     process.stdin.flush()
-    answer = json.loads(process.stdout.readline())
+    line = process.stdout.readline()
+    assert line, f"the oracle ended, exit status {process.wait()}"
+    answer = json.loads(line)
     assert "error" not in answer, answer["error"]
     verdicts = [Verdict(**verdict) for verdict in answer["verdicts"]]
     for verdict in verdicts:
