@@ -25,6 +25,7 @@ def test_queries_are_copied_only_before_an_eviction(
 
     def counting(rings: torch.Tensor, queries: torch.Tensor, places: torch.Tensor) -> None:
         copied.append(int(places[0, 0]))
+        assert len(places) == 1 + copied[-1], "no graph: a launch is as wide as what it copies"
         keep_queries(rings, queries, places)
 
     monkeypatch.setattr(backend, "keep_queries", counting)
