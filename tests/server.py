@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -58,9 +59,7 @@ class Server:
         flags: Sequence[str],
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = server_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.model = str(model)
         self.log = log
@@ -135,6 +134,22 @@ class Server:
                 return
             time.sleep(0.2)
         raise AssertionError("blocks or requests are left behind")
+
+
+def server_port() -> int:
+    """A free port that nobody is given unasked.
+
+    A port that the system picks may be given away again, to an engine in another process of the
+    tests, in the half minute that a server takes to bind it. These lie below the ones it picks.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("0.0.0.0", port))
+            except OSError:
+                continue
+        return port
+    raise OSError("no port from 20000 to 31999 of 100 tried is free")
 
 
 def serve_command(model: Path) -> list[str]:
