@@ -91,7 +91,10 @@ def main() -> None:
 
     task = tasks.add_parser("variants", help="variants of the semantic rule, without an engine")
     task.add_argument("--model", type=_model, default=str(MODEL), help=MODELS)
-    task.add_argument("--num-documents", type=int, default=variants.Settings.num_documents)
+    task.add_argument("--family", choices=variants.FAMILIES, default=variants.Settings.family)
+    for name in ("num_tokens", "num_prompt", "num_documents"):
+        value = getattr(variants.Settings, name)
+        task.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     task.add_argument("--out", type=Path, default=RESULTS / "variants.json")
 
     task = tasks.add_parser("gpu", help="correctness and speed on one GPU, random weights")
@@ -133,7 +136,9 @@ def main() -> None:
         if args.figures:
             figures.add(quality.headline(report), report["context"], args.out.stem)
     elif args.task == "variants":
-        settings = variants.Settings(args.model, num_documents=args.num_documents)
+        settings = variants.Settings(
+            args.model, args.family, args.num_tokens, args.num_prompt, args.num_documents
+        )
         variants.run(settings, args.out)
     elif args.task == "gpu":
         gpu.run(

@@ -25,12 +25,17 @@ BUDGET = 264
 
 TEXTS = ("wikitext-valid", "pg19-valid")
 
+EACH = 0
+"""Groups of layers: every layer decides for itself."""
+
 
 @dataclass(frozen=True)
 class Settings:
-    """How much text."""
+    """Which variants, on how much text."""
 
     model: str
+    family: str = "one"
+    """A key of :data:`FAMILIES`."""
     num_tokens: int = 2000
     num_prompt: int = 500
     num_documents: int = 16
@@ -54,6 +59,31 @@ def mass(
             seen = (seen + 1e-4).log()
         whole = seen.amax((0, 2)) if heads == "max" else seen.mean((0, 2))
         return whole.gather(1, state.blocks)
+
+    return rule
+
+
+def contribution(
+    num_queries: int = 8, queries: str = "mean", heads: str = "max", floor: bool = False
+) -> Rule:
+    """Attention times the norm of the value, of the last queries to a block.
+
+    Args:
+        num_queries: how many.
+        queries: ``mean`` or ``max`` over them.
+        heads: ``mean``, ``max`` or root mean square (``rms``) over them.
+        floor: nothing is worth less to a head than its blocks' mean (DefensiveKV, ICLR 2026).
+    """
+
+    def rule(state: State) -> Tensor:
+        added = state.added[..., -num_queries:, :]
+        by_query = added.gather(4, state.blocks[None, :, None, None].expand(*added.shape[:4], -1))
+        by_head = by_query.amax(3) if queries == "max" else by_query.mean(3)
+        if floor:
+            by_head = by_head.maximum(by_head.mean(3, keepdim=True))
+        if heads == "rms":
+            return by_head.square().mean(2).sqrt().mean(0)
+        return (by_head.amax(2) if heads == "max" else by_head.mean(2)).mean(0)
 
     return rule
 
@@ -146,51 +176,95 @@ def unrotated(x: Tensor, positions: Tensor, theta: float) -> Tensor:
 
 
 STUDY = Split()
+AGE = "age: 1 sink + 8 recent (streaming)"
 
 
-def variants(theta: float) -> dict[str, tuple[Split, Rule | None]]:
-    """Everything that is tried, by what it is called in the table."""
+@dataclass(frozen=True)
+class Variant:
+    """What a row of the table keeps."""
+
+    rule: Rule | None
+    """``None``: age."""
+    split: Split = STUDY
+    num_groups: int = 1
+    """Of layers that keep blocks of their own."""
+
+
+def of_one_decision(theta: float) -> dict[str, Variant]:
+    """What is tried with one decision for all layers, by what it is called in the table."""
     middle = slice(1, None)
     return {
-        "age: 1 sink + 8 recent (streaming)": (Split(1, 8, 0), None),
-        "age: 0 sinks + 9 recent": (Split(0, 9, 0), None),
-        "age: 1 sink + 16 recent (1.9 x the budget)": (Split(1, 16, 0), None),
-        "random, 2 recent": (STUDY, drawn),
-        "random, 4 recent": (Split(1, 4, 4), drawn),
-        "cosine of the newest query (the study)": (STUDY, similar()),
-        "cosine of the mean of 32 queries": (STUDY, similar(32)),
-        "cosine of 32, before RoPE": (STUDY, similar(32, theta=theta)),
-        "cosine of 32, first layer": (STUDY, similar(32, layers=slice(1))),
-        "cosine of 32, decay 0.8": (STUDY, decayed(similar(32), 0.8)),
-        "dot product of the newest query": (STUDY, similar(dot=True)),
-        "dot product of 32": (STUDY, similar(32, dot=True)),
-        "like the recent values": (STUDY, topic(1)),
-        "unlike the recent values": (STUDY, topic(-1)),
-        "unlike any other block, first layer": (STUDY, novelty(slice(1))),
-        "unlike any other block, all layers": (STUDY, novelty(slice(None))),
-        "small keys": (STUDY, by_norm(values=False, sign=-1)),
-        "large values": (STUDY, by_norm(values=True, sign=1)),
-        "attention of the newest query": (STUDY, mass(1)),
-        "attention of the newest query, decay 0.8": (STUDY, decayed(mass(1), 0.8)),
-        "attention of the newest query, decay 0.95": (STUDY, decayed(mass(1), 0.95)),
-        "attention of 8": (STUDY, mass(8)),
-        "attention of 8, decay 0.8 (the default)": (STUDY, decayed(mass(8), 0.8)),
-        "attention of 32": (STUDY, mass(32)),
-        "attention of 32, decay 0.8": (STUDY, decayed(mass(32), 0.8)),
-        "attention of 32, sum (H2O)": (STUDY, decayed(mass(32), 1.0)),
-        "attention of 32, decay 0.8, best head": (STUDY, decayed(mass(32, heads="max"), 0.8)),
-        "attention of 32, decay 0.8, log": (STUDY, decayed(mass(32, log=True), 0.8)),
-        "attention of 32, decay 0.8, not the first layer": (
-            STUDY,
-            decayed(mass(32, middle), 0.8),
+        AGE: Variant(None, Split(1, 8, 0)),
+        "age: 0 sinks + 9 recent": Variant(None, Split(0, 9, 0)),
+        "age: 1 sink + 16 recent (1.9 x the budget)": Variant(None, Split(1, 16, 0)),
+        "random, 2 recent": Variant(drawn),
+        "random, 4 recent": Variant(drawn, Split(1, 4, 4)),
+        "cosine of the newest query (the study)": Variant(similar()),
+        "cosine of the mean of 32 queries": Variant(similar(32)),
+        "cosine of 32, before RoPE": Variant(similar(32, theta=theta)),
+        "cosine of 32, first layer": Variant(similar(32, layers=slice(1))),
+        "cosine of 32, decay 0.8": Variant(decayed(similar(32), 0.8)),
+        "dot product of the newest query": Variant(similar(dot=True)),
+        "dot product of 32": Variant(similar(32, dot=True)),
+        "like the recent values": Variant(topic(1)),
+        "unlike the recent values": Variant(topic(-1)),
+        "unlike any other block, first layer": Variant(novelty(slice(1))),
+        "unlike any other block, all layers": Variant(novelty(slice(None))),
+        "small keys": Variant(by_norm(values=False, sign=-1)),
+        "large values": Variant(by_norm(values=True, sign=1)),
+        "attention of the newest query": Variant(mass(1)),
+        "attention of the newest query, decay 0.8": Variant(decayed(mass(1), 0.8)),
+        "attention of the newest query, decay 0.95": Variant(decayed(mass(1), 0.95)),
+        "attention of 8": Variant(mass(8)),
+        "attention of 8, decay 0.8 (the default)": Variant(decayed(mass(8), 0.8)),
+        "attention of 32": Variant(mass(32)),
+        "attention of 32, decay 0.8": Variant(decayed(mass(32), 0.8)),
+        "attention of 32, sum (H2O)": Variant(decayed(mass(32), 1.0)),
+        "attention of 32, decay 0.8, best head": Variant(decayed(mass(32, heads="max"), 0.8)),
+        "attention of 32, decay 0.8, log": Variant(decayed(mass(32, log=True), 0.8)),
+        "attention of 32, decay 0.8, not the first layer": Variant(decayed(mass(32, middle), 0.8)),
+        "best token, 32, decay 0.9, not the first layer": Variant(
+            decayed(mass(32, middle, peak=True), 0.9)
         ),
-        "best token, 32, decay 0.9, not the first layer": (
-            STUDY,
-            decayed(mass(32, middle, peak=True), 0.9),
-        ),
-        "attention of 8, decay 0.8, 4 recent": (Split(1, 4, 4), decayed(mass(8), 0.8)),
-        "attention of 8, decay 0.8, no sink": (Split(0, 2, 7), decayed(mass(8), 0.8)),
+        "attention of 8, decay 0.8, 4 recent": Variant(decayed(mass(8), 0.8), Split(1, 4, 4)),
+        "attention of 8, decay 0.8, no sink": Variant(decayed(mass(8), 0.8), Split(0, 2, 7)),
     }
+
+
+def of_groups(theta: float) -> dict[str, Variant]:
+    """What is tried where groups of layers decide: on a model of 30 layers."""
+    wide = Split(1, 4, 4)
+    attention, best = decayed(mass(8), 0.8), decayed(contribution(), 0.9)
+    floored = contribution(32, queries="max", floor=True)
+    return {
+        AGE: Variant(None, Split(1, 8, 0)),
+        "attention of 8, decay 0.8, one decision (the default)": Variant(attention),
+        "the same in 5 groups": Variant(attention, num_groups=5),
+        "the same, each layer": Variant(attention, num_groups=EACH),
+        "contribution, highest head, decay 0.9, recent 128, one decision (A)": Variant(best, wide),
+        "A in 5 groups": Variant(best, wide, 5),
+        "A in 10 groups": Variant(best, wide, 10),
+        "A in 15 groups": Variant(best, wide, 15),
+        "A, each layer": Variant(best, wide, EACH),
+        "the same, mean over heads": Variant(decayed(contribution(heads="mean"), 0.9), wide, EACH),
+        "the same, root mean square over heads": Variant(
+            decayed(contribution(heads="rms"), 0.9), wide, EACH
+        ),
+        "the same, decay 0.8": Variant(decayed(contribution(), 0.8), wide, EACH),
+        "the same, decay 0.95": Variant(decayed(contribution(), 0.95), wide, EACH),
+        "the same, recent 96": Variant(best, Split(1, 3, 5), EACH),
+        "the same, recent 160": Variant(best, Split(1, 5, 3), EACH),
+        "the same, mean of 32 queries": Variant(decayed(contribution(32), 0.9), wide, EACH),
+        "the same, highest of 32 queries": Variant(
+            decayed(contribution(32, queries="max"), 0.9), wide, EACH
+        ),
+        "the same, highest of 32, at least the mean of the blocks": Variant(
+            decayed(floored, 0.9), wide, EACH
+        ),
+    }
+
+
+FAMILIES = {"one": of_one_decision, "groups": of_groups}
 
 
 # -- the run ----------------------------------------------------------------------------
@@ -207,13 +281,19 @@ def run(settings: Settings, out: Path = RESULTS / "variants.json") -> dict[str, 
     theta = decoder.model.config.rope_parameters["rope_theta"]
     console = Console()
     losses: dict[str, Tensor] = {}
-    chosen = variants(theta)
+    chosen = FAMILIES[settings.family](theta)
     with progress_bar(console) as progress:
         task = progress.add_task("the full cache", total=1 + len(chosen))
         losses["full"] = decoder.losses(documents, settings.num_prompt)
-        for name, (split, rule) in chosen.items():
+        for name, variant in chosen.items():
             progress.update(task, advance=1, description=name)
-            losses[name] = decoder.losses(documents, settings.num_prompt, split, rule)
+            losses[name] = decoder.losses(
+                documents,
+                settings.num_prompt,
+                variant.split,
+                variant.rule,
+                variant.num_groups or decoder.num_layers,
+            )
         progress.advance(task)
     report = summarise(settings, losses, {name: len(of) for name, of in found.items()})
     console.print(_table(report))

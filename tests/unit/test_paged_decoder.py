@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.foresight import HORIZON, Foresight
 from benchmarks.paged_decoder import PagedDecoder, Split
-from benchmarks.variants import decayed, mass, similar, unrotated, variants
+from benchmarks.variants import FAMILIES, contribution, decayed, mass, similar, unrotated
 
 from ..models import random_prompts
 from ..oracle import Case, judge
@@ -33,17 +33,23 @@ def test_without_a_budget_losses_are_the_models(decoder: PagedDecoder, llama: st
     )
 
 
-@pytest.mark.parametrize("rule", ["age", "study", "attention", "tova"])
-def test_a_rule_loses_what_the_oracle_loses(decoder: PagedDecoder, llama: str, rule: str) -> None:
+@pytest.mark.parametrize(
+    ("rule", "num_groups"),
+    [("age", 1), ("study", 1), ("attention", 1), ("tova", 1), ("contribution, max", 2)],
+)
+def test_a_rule_loses_what_the_oracle_loses(
+    decoder: PagedDecoder, llama: str, rule: str, num_groups: int
+) -> None:
     """The same rule in the search, in the oracle and (tests/e2e/test_oracle.py) in the engine."""
     rules = {
         "age": None,
         "study": similar(),
         "attention": decayed(mass(8), 0.8),
         "tova": mass(1),
+        "contribution, max": decayed(contribution(), 0.9),
     }
     split = Split(1, 2, 0 if rule == "age" else 4)
-    losses = decoder.losses(torch.tensor(DOCUMENTS), NUM_PROMPT, split, rules[rule])
+    losses = decoder.losses(torch.tensor(DOCUMENTS), NUM_PROMPT, split, rules[rule], num_groups)
     verdicts = judge(
         [
             Case(
@@ -56,6 +62,7 @@ def test_a_rule_loses_what_the_oracle_loses(decoder: PagedDecoder, llama: str, r
                 recent_tokens=64,
                 selected_tokens=0 if rule == "age" else 128,
                 rule=rule,
+                layer_groups=num_groups,
             )
             for tokens in DOCUMENTS
         ]
@@ -65,11 +72,12 @@ def test_a_rule_loses_what_the_oracle_loses(decoder: PagedDecoder, llama: str, r
         assert [-loss for loss in mine] == pytest.approx(verdict.logprobs, abs=2**-24 * 2**13)
 
 
-def test_every_variant_runs(decoder: PagedDecoder) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_variant_runs(decoder: PagedDecoder, family: str) -> None:
     documents = torch.tensor(DOCUMENTS)[:, :420]
     found = {
-        name: decoder.losses(documents, 330, split, rule)
-        for name, (split, rule) in variants(10_000.0).items()
+        name: decoder.losses(documents, 330, variant.split, variant.rule, decoder.num_layers)
+        for name, variant in FAMILIES[family](10_000.0).items()
     }
     assert all(losses.isfinite().all() for losses in found.values())
     assert len({round(float(losses.sum()), 4) for losses in found.values()}) > len(found) // 2

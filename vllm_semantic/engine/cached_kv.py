@@ -123,8 +123,15 @@ class CachedKV:
             view = self.values if which else self.keys
             assert view is not None
             return view[:, kernel_ids]
+        packed = self._packed(which)
+        if self._orders[which] is Order.BY_CHANNEL and len(kernel_ids):
+            # Block by block into [layers, heads, channels, blocks, tokens], whose rows a product
+            # with queries takes as they are: half the time of a gather and a transposition.
+            by_channel = packed.unflatten(3, (self.head_size, -1))
+            blocks = [by_channel[:, kernel_id] for kernel_id in kernel_ids.tolist()]
+            return torch.stack(blocks, dim=3).permute(0, 3, 1, 4, 2)
         # Whole blocks as they lie in memory, and eight bytes at a time: a third of the time.
-        packed = self._packed(which).view(torch.int64)[:, kernel_ids].view(self.kv_cache.dtype)
+        packed = packed.view(torch.int64)[:, kernel_ids].view(self.kv_cache.dtype)
         unpacked = self._unpacked(which, packed)
         if unpacked is not None:
             return unpacked

@@ -14,7 +14,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from ..messages import BlockScores, ScoreRequest
 from ..ops.cached_blocks import CachedBlocks
-from ..ops.platform import runs_triton
+from ..ops.platform import runs_triton, threads_for
 from ..policies import BlockView, KVPolicy
 from ..policies.check import POLICY_ERRORS
 from ..policies.trial import AttentionShape, checked_scores
@@ -271,16 +271,17 @@ class BlockScorer:
 
         scores = []
         for layers in _some_at_once(group, num_gathered, MAX_GATHERED):
-            view = BlockView(
-                layers.queries.index_select(1, rows).float(),
-                layers.cache.gather_keys(block_ids).float(),
-                partial(_values, layers.cache, block_ids),
-                block_indices,
-                request.num_tokens,
-                layers.scale,
-            )
-            of_layers = request.policy.score(view)
             num_layers = len(layers.queries)
+            with threads_for(num_gathered(layers) * num_layers):
+                view = BlockView(
+                    layers.queries.index_select(1, rows).float(),
+                    layers.cache.gather_keys(block_ids).float(),
+                    partial(_values, layers.cache, block_ids),
+                    block_indices,
+                    request.num_tokens,
+                    layers.scale,
+                )
+                of_layers = request.policy.score(view)
             scores.append(checked_scores(of_layers, num_layers, view.num_full_blocks, device))
         return torch.cat(scores).mean(0)
 
