@@ -77,7 +77,8 @@ def main() -> None:
         help="groups of layers that evict for themselves; default: 1",
     )
     task.add_argument("--mode", choices=("decode", "prefill"), default=default.mode)
-    for name in ("num_tokens", "num_prompt", "max_documents", "questions", "block_size", "seed"):
+    numbers = ("layer_skew_tokens", "num_tokens", "num_prompt", "max_documents", "questions")
+    for name in (*numbers, "block_size", "seed"):
         flag = f"--{name.replace('_', '-')}"
         task.add_argument(
             flag, type=int, default=getattr(default, name), help="default: %(default)s"

@@ -52,6 +52,8 @@ class Settings:
     """Tokens; every row is measured at each, ``full`` once."""
     layer_groups: tuple[int, ...] = (1,)
     """Of layers that evict for themselves; every rule that scores is measured with each."""
+    layer_skew_tokens: int = 0
+    """What the last of several groups keeps beyond the budget, and the first falls short of it."""
     num_tokens: int = 2000
     num_prompt: int = 500
     max_documents: int = 24
@@ -127,7 +129,13 @@ def _foresee(settings: Settings, work: Work) -> None:
 def run(settings: Settings, out: Path = RESULTS / "quality.json") -> dict[str, Any]:
     """Measure every combination; print the tables, keep the JSON, draw the plots beside it."""
     console = Console()
-    rows = rows_of(settings.policies, settings.quantization, settings.budget, settings.layer_groups)
+    rows = rows_of(
+        settings.policies,
+        settings.quantization,
+        settings.budget,
+        settings.layer_groups,
+        settings.layer_skew_tokens,
+    )
     work = prepare(settings)
     out.parent.mkdir(parents=True, exist_ok=True)
     measured: dict[str, dict[str, Any]] = {}

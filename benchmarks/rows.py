@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_semantic.layer_groups import LAYER_GROUPS
+from vllm_semantic.layer_groups import LAYER_GROUPS, LAYER_SKEW
 from vllm_semantic.policies import POLICIES, KVPolicy
 from vllm_semantic.policies.base import RECENT
 
@@ -24,6 +24,7 @@ class Row:
     budget: int
     options: dict[str, Any] = field(default_factory=dict)
     layer_groups: int = 1
+    layer_skew_tokens: int = 0
 
     def title(self, budgets: Sequence[int]) -> str:
         """How the row is called in tables: only what tells it from the others."""
@@ -32,6 +33,7 @@ class Row:
             of = f"{self.quantization} + "
         at = f" @ {self.budget}" if len(budgets) > 1 and self.policy != "full" else ""
         groups = f" in {self.layer_groups} groups" if self.layer_groups > 1 else ""
+        groups += f", skew {self.layer_skew_tokens}" if self.layer_skew_tokens else ""
         return f"{of}{self.policy}{groups}{at}"
 
 
@@ -98,8 +100,9 @@ def rows_of(
     quantization: Sequence[str],
     budgets: Sequence[int],
     layer_groups: Sequence[int] = (1,),
+    layer_skew_tokens: int = 0,
 ) -> list[Row]:
-    """Every combination once.
+    """Every combination once; where there are several groups of layers, with this skew.
 
     ``full`` has no budget, so it is measured at the first alone. What evicts by age or by lot
     takes the same from every group of layers, so it is measured in one.
@@ -110,8 +113,9 @@ def rows_of(
             continue
         options = policy_options(policy, budget)
         for groups in layer_groups if _chooses(policy) else (1,):
-            of_groups = {LAYER_GROUPS: groups} if groups > 1 else {}
-            rows.append(Row(policy, quantized, budget, options | of_groups, groups))
+            skew = layer_skew_tokens if groups > 1 else 0
+            of_groups = {LAYER_GROUPS: groups, LAYER_SKEW: skew} if groups > 1 else {}
+            rows.append(Row(policy, quantized, budget, options | of_groups, groups, skew))
     return rows
 
 

@@ -125,9 +125,10 @@ def _follow(llm: Any) -> None:
         for request_id in evicting_requests(step) if step else ():
             at = scheduler.requests[request_id].num_computed_tokens
             at -= output.num_scheduled_tokens.get(request_id, 0)
-            groups = [of.get(request_id, []) for of in step.evictions.values()]
-            assert len(groups) == len(scheduler.kv_policy_managers), "all groups evict at once"
-            assert len({len(blocks) for blocks in groups}) == 1, "as many blocks in each"
+            managers = scheduler.kv_policy_managers
+            groups = [step.evictions.get(i, {}).get(request_id, []) for i in managers]
+            if not any(m.kv_cache_spec.served.layer_skew_tokens for m in managers.values()):
+                assert len({len(blocks) for blocks in groups}) == 1, "as many blocks in each"
             blocks = groups if len(groups) > 1 else groups[0]
             llm.trace.evictions.setdefault(request_id, {})[at] = blocks
         for request_id in output.num_scheduled_tokens:

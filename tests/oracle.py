@@ -41,6 +41,8 @@ class Case:
     """Tokens after each eviction that still see the blocks: 1 under asynchronous scheduling."""
     layer_groups: int = 1
     """Equal shares of the layers, the first, the next and so on; each evicts for itself."""
+    layer_skew_tokens: int = 0
+    """How much more than the rest of the budget the last group keeps, and the first less."""
 
 
 @dataclass
@@ -302,6 +304,20 @@ RULES: dict[str, Any] = {
 """Higher = keep; each from its paper's definition, reduced to blocks by the mean."""
 
 
+def shifts(case: Case, num_selected: int) -> list[int]:
+    """Blocks that each group keeps beyond the budget, on a line from the first to the last."""
+    if case.layer_groups == 1:
+        return [0]
+    steep = 2 * case.layer_skew_tokens / (case.layer_groups - 1)
+    return [
+        max(
+            -num_selected,
+            min(num_selected, round((steep * i - case.layer_skew_tokens) / case.block_size)),
+        )
+        for i in range(case.layer_groups)
+    ]
+
+
 class Oracle:
     """One model, evaluated with an explicit mask."""
 
@@ -414,11 +430,23 @@ class Oracle:
         num_recent = -(-case.recent_tokens // size)
         num_selected = -(-case.selected_tokens // size)
         held = [sorted(group.alive) for group in groups]
-        excess = len(held[0]) - (num_sink + num_recent + num_selected)
-        if not case.bounded or excess <= 0:
+        budgets = [
+            num_sink + num_recent + num_selected + shift for shift in shifts(case, num_selected)
+        ]
+        # As soon as one group has too much, all of them score.
+        if not case.bounded or all(
+            len(alive) <= budget for alive, budget in zip(held, budgets, strict=True)
+        ):
             return [[] for _ in groups], float("inf")
+        excesses = [
+            max(0, len(alive) - budget) for alive, budget in zip(held, budgets, strict=True)
+        ]
         if case.rule == "age":
-            return [alive[num_sink : num_sink + excess] for alive in held], float("inf")
+            gone = [
+                alive[num_sink : num_sink + excess]
+                for alive, excess in zip(held, excesses, strict=True)
+            ]
+            return gone, float("inf")
         self._forward(self.ids, point)  # what was evicted before is masked by now
         layers, share = list(self.calls), len(self.calls) // len(groups)
         forced: list[Any] = [None] * len(groups)
@@ -426,7 +454,7 @@ class Oracle:
             of_point = case.forced.get(point, [])
             forced = of_point if len(groups) > 1 else [of_point]
         evicted, margin = [], float("inf")
-        for i, (group, alive) in enumerate(zip(groups, held, strict=True)):
+        for i, (group, alive, excess) in enumerate(zip(groups, held, excesses, strict=True)):
             of_group = layers[i * share : (i + 1) * share]
             worth = RULES[case.rule](Held(self, of_group, alive, point, size, group.scores))
             group.scores = worth
@@ -437,7 +465,8 @@ class Oracle:
                 gone = sorted(block for _, block in ranked[:excess])
             kept_worth = [score for score, block in ranked if block not in gone]
             gone_worth = [score for score, block in ranked if block in gone]
-            margin = min(margin, min(kept_worth, default=float("inf")) - max(gone_worth))
+            if gone_worth:
+                margin = min(margin, min(kept_worth, default=float("inf")) - max(gone_worth))
             evicted.append(gone)
         return evicted, margin
 

@@ -139,8 +139,8 @@ def check_block_size(policy: KVPolicy, block_size: int, field: str = CONFIG_FLAG
             )
 
 
-def describe(policy: KVPolicy, block_size: int, num_groups: int = 1) -> str:
-    """The policy and its budget in each group of layers, for the start log."""
+def describe(policy: KVPolicy, block_size: int) -> str:
+    """The policy and its budget, for the start log."""
     if not policy.bounded:
         return f"KV policy {policy.name}: every block is kept"
     parts = " + ".join(
@@ -150,7 +150,6 @@ def describe(policy: KVPolicy, block_size: int, num_groups: int = 1) -> str:
     return (
         f"KV policy {policy.name}: {parts} = {policy.budget_tokens} tokens, "
         f"held as {total} blocks of {block_size} ({total * block_size} tokens) per request"
-        + (f", in each of {num_groups} groups of layers" if num_groups > 1 else "")
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import POLICY_FLAG, describe
+from .config import POLICY_FLAG
 from .hooks import SUPPORTED_VLLM, WRAPPED_BACKENDS
 from .served import CONFIG_KEY, ServedPolicies, has_policy
 
@@ -169,7 +169,7 @@ def configuration(flags: Sequence[str]) -> Iterator[Finding]:
     if has_policy(vllm_config):
         served = ServedPolicies.from_config(vllm_config.additional_config[CONFIG_KEY])
         block_size = vllm_config.cache_config.block_size
-        yield Finding("policy", describe(served.default, block_size, served.layer_groups))
+        yield Finding("policy", served.describe_default(block_size))
         yield Finding("policies of requests", served.describe(block_size))
     else:
         yield Finding("policy", f"none without {POLICY_FLAG}: vLLM as it is")

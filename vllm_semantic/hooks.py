@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .config import CONFIG_FLAG, POLICY_FLAG, check_block_size, resolve_policy_class
 from .frontend import asks_for_policy, check_places, checked, system_chats, with_pinned
-from .layer_groups import LAYER_GROUPS, check_layer_groups
+from .layer_groups import LAYER_GROUPS, LAYER_SKEW, check_layer_groups
 from .policies import POLICIES, KVPolicy
 from .policies.trial import AttentionShape
 from .served import (
@@ -96,6 +96,8 @@ def _adding_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
             f"({CONFIG_FLAG}.semantic_tokens 512). {MAX_REQUEST_TOKENS}: the largest budget that a "
             "request may ask for, default: that of the policy. "
             f"{LAYER_GROUPS}: equal shares of the layers that evict for themselves, default: 1. "
+            f"{LAYER_SKEW}: what the last of these groups keeps beyond the budget and the first "
+            "falls short of it, default: 0. "
             + "; ".join(f"{name}: {cls.options()}" for name, cls in POLICIES.items()),
         )
         # After parsing, for every order of --additional-config and our flags; and not later:

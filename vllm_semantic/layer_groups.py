@@ -1,4 +1,5 @@
-"""Groups of attention layers that evict for themselves: how many, and which layer is in which."""
+"""Groups of attention layers that evict for themselves: how many, which layer is in which, and how
+much more the deeper ones keep."""
 
 from __future__ import annotations
 
@@ -6,9 +7,13 @@ import reprlib
 from collections.abc import Mapping
 
 from .config import CONFIG_FLAG
+from .policies.base import KVPolicy
+from .policies.options import MAX_TOKENS
 
 LAYER_GROUPS = "layer_groups"
+LAYER_SKEW = "layer_skew_tokens"
 _FLAG = f"{CONFIG_FLAG}.{LAYER_GROUPS}"
+_SKEW_FLAG = f"{CONFIG_FLAG}.{LAYER_SKEW}"
 
 
 def check_layer_groups(value: object, num_layers: int | None = None) -> int:
@@ -33,6 +38,43 @@ def check_layer_groups(value: object, num_layers: int | None = None) -> int:
             f"into equal shares; allowed: {', '.join(map(str, shares)) or 1}"
         )
     return value
+
+
+def check_layer_skew(value: object, num_groups: int, policy: KVPolicy) -> int:
+    """Refuse a skew that the groups, or the policy's budget, have no room for.
+
+    Args:
+        value: what was asked for.
+        num_groups: of layers.
+        policy: the server's own.
+
+    Raises:
+        ValueError: names the flag, the value and what is allowed.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MAX_TOKENS:
+        raise ValueError(
+            f"{_SKEW_FLAG} {reprlib.repr(value)} is not a number of tokens; "
+            f"allowed: integers from -{MAX_TOKENS} to {MAX_TOKENS}"
+        )
+    if value and num_groups == 1:
+        raise ValueError(f"{_SKEW_FLAG} {value} needs {_FLAG} of at least 2; allowed: 0")
+    if abs(value) > policy.selected_tokens:
+        most = policy.selected_tokens
+        raise ValueError(
+            f"{_SKEW_FLAG} {value} is more than the {most} tokens that policy {policy.name!r} "
+            f"keeps by score; allowed: -{most} to {most}"
+        )
+    return value
+
+
+def skew_blocks(group: int, num_groups: int, skew_tokens: int, block_size: int) -> int:
+    """Blocks that a group of layers keeps beyond the policy's budget.
+
+    The last group keeps ``skew_tokens`` more, the first as many fewer, those between what lies on
+    the line; over all groups they add up to 0.
+    """
+    last = num_groups - 1
+    return round(skew_tokens * (2 * group - last) / (last * block_size)) if last else 0
 
 
 def split_layers(page_sizes: Mapping[str, int], num_groups: int) -> dict[str, int]:

@@ -10,10 +10,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .config import CONFIG_FLAG, POLICY_FLAG, check_block_size, check_number, make_policy
-from .layer_groups import LAYER_GROUPS, check_layer_groups
+from .config import (
+    CONFIG_FLAG,
+    POLICY_FLAG,
+    check_block_size,
+    check_number,
+    describe,
+    make_policy,
+)
+from .layer_groups import (
+    LAYER_GROUPS,
+    LAYER_SKEW,
+    check_layer_groups,
+    check_layer_skew,
+    skew_blocks,
+)
 from .policies import POLICIES, KVPolicy
-from .policies.base import SINK
+from .policies.base import SINK, BlockBudget
 from .policies.check import PolicyError, build, check_policy, is_built_in
 from .policies.options import to_json
 from .policies.trial import AttentionShape, try_out
@@ -48,15 +61,19 @@ class ServedPolicies:
     0: a request may ask for nothing."""
 
     layer_groups: int = 1
-    """Groups of layers that evict for themselves, each within the budget."""
+    """Groups of layers that evict for themselves, each within a budget of its own."""
+
+    layer_skew_tokens: int = 0
+    """Tokens by which the budget of the last group is larger than the policy's, and that of the
+    first smaller: see :func:`~.layer_groups.skew_blocks`."""
 
     @classmethod
     def from_config(cls, config: object) -> ServedPolicies:
         """Read ``additional_config["kv_policy"]``.
 
         Args:
-            config: ``{"name": ..., "max_request_tokens": ..., "layer_groups": ..., **options}``,
-                or just a name.
+            config: ``{"name": ..., "max_request_tokens": ..., "layer_groups": ...,
+                "layer_skew_tokens": ..., **options}``, or just a name.
 
         Raises:
             ValueError: another form, an unknown name or option, or a value out of range.
@@ -71,10 +88,12 @@ class ServedPolicies:
         options = dict(config)
         name, largest = options.pop("name"), options.pop(MAX_REQUEST_TOKENS, None)
         layer_groups = check_layer_groups(options.pop(LAYER_GROUPS, 1))
+        skew = options.pop(LAYER_SKEW, 0)
         default = make_policy(name, options)
+        skew = check_layer_skew(skew, layer_groups, default)
         if largest is not None:
             check_number(f"{CONFIG_FLAG}.{MAX_REQUEST_TOKENS}", largest)
-        return cls(name, default, largest, layer_groups)
+        return cls(name, default, largest, layer_groups, skew)
 
     def try_out(self, shape: AttentionShape) -> None:
         """Let a policy of somebody's own judge made-up blocks, with every word its options have.
@@ -114,12 +133,27 @@ class ServedPolicies:
         """The widest window of queries that a rule looks at."""
         return max((rule.num_queries for rule in self.rules), default=1)
 
-    def max_budget_blocks(self, block_size: int) -> int | None:
-        """The most blocks that a request may be allowed, whoever says so; ``None``: any number."""
+    def budget(self, policy: KVPolicy, block_size: int, layer_group: int) -> BlockBudget:
+        """What a request under a bounded policy keeps in one group of layers."""
+        return policy.budget(block_size).shifted(self._skew_blocks(block_size, layer_group))
+
+    def least_budget(self, policy: KVPolicy, block_size: int) -> BlockBudget:
+        """The budget in the group of layers that keeps least."""
+        skew = self._skew_blocks(block_size, 0)  # the first or the last, whichever sign it has
+        return policy.budget(block_size).shifted(-abs(skew))
+
+    def max_budget_blocks(self, block_size: int, layer_group: int) -> int | None:
+        """The most blocks that a request may be allowed in one group of layers, whoever says so;
+        ``None``: any number."""
         largest = self._max_request_blocks(block_size)
         if largest is None or not self.default.bounded:
             return None
-        return max(largest, self.default.budget(block_size).total)
+        # A policy that selects nothing keeps its whole budget in every group.
+        more = max(0, self._skew_blocks(block_size, layer_group))
+        return max(largest, self.default.budget(block_size).total) + more
+
+    def _skew_blocks(self, block_size: int, layer_group: int) -> int:
+        return skew_blocks(layer_group, self.layer_groups, self.layer_skew_tokens, block_size)
 
     def choose(
         self, asked: object, block_size: int, num_prompt_tokens: int, max_tokens: int
@@ -161,6 +195,18 @@ class ServedPolicies:
             self._check_size(policy, asked_for, block_size, num_prompt_tokens + max_tokens)
             self._check_queries(policy)
         return policy
+
+    def describe_default(self, block_size: int) -> str:
+        """The server's own policy and its budget in the groups of layers, for the start log."""
+        words = describe(self.default, block_size)
+        if self.layer_groups == 1 or not self.default.bounded:
+            return words
+        words += f", in each of {self.layer_groups} groups of layers"
+        if self.layer_skew_tokens:
+            ends = (0, self.layer_groups - 1)
+            first, last = (self.budget(self.default, block_size, end).total for end in ends)
+            words += f" on average, from {first} blocks in the first to {last} in the last"
+        return words
 
     def describe(self, block_size: int) -> str:
         """What a request may ask for, for a person."""

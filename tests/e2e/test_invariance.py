@@ -16,7 +16,7 @@ from ..models import random_prompts
 from ..platforms import on_gpu, schedules_ahead
 
 OPTIONS = {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 128}
-GROUPS = OPTIONS | {"layer_groups": 2}
+GROUPS = OPTIONS | {"layer_groups": 2, "layer_skew_tokens": 64}
 LENGTHS = [1200, 40, 513, 512, 900, 250]
 PROMPTS = random_prompts(LENGTHS)
 PARAMS = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True, detokenize=False)

@@ -36,6 +36,8 @@ RULES: dict[str, dict[str, Any]] = {
 
 GROUPS: dict[str, dict[str, Any]] = {
     "semantic, in 2 groups": POLICIES["semantic"] | {"layer_groups": 2},
+    "semantic, in 2 groups, the first larger": POLICIES["semantic"]
+    | {"layer_groups": 2, "layer_skew_tokens": -64, "similarity": "contribution"},
 }
 """Each half of the layers for itself."""
 
@@ -104,7 +106,8 @@ def test_groups_of_layers_agree_with_oracle(
     """Half of the layers hold other blocks than the rest, also beside layers with a window."""
     model = request.getfixturevalue(architecture)
     runs: list[Run] = []
-    for policy in GROUPS:
+    # Where an engine takes minutes, the one with most to go wrong.
+    for policy in list(GROUPS)[-1:] if interpreter.wanted() else GROUPS:
         with start(model, policy, block_size=block_size) as llm:
             assert_only_full_attention(llm, OTHER_LAYERS.get(architecture))
             assert len(scheduler_of(llm).kv_policy_managers) == 2

@@ -68,6 +68,12 @@ class ExpectedEvictions:
     block_size: int
     prefill_interval: int
     group: int = 0
+    shift: int = 0
+    """Blocks that the group keeps beyond the policy's budget."""
+    most_shift: int = 0
+    """The same of the group that keeps most; another keeps as many fewer."""
+    held_by_least: int = 0
+    """Blocks in the group that keeps fewest."""
     alive: set[int] = field(default_factory=set)
     num_tokens: int = 0
     evictions: dict[int, list[int]] = field(default_factory=dict)
@@ -92,6 +98,7 @@ class ExpectedEvictions:
         num_prompt = next(ends, len(self.tokens.prompt))
         if n % self.block_size == 0:
             self.alive.add(n // self.block_size - 1)
+            self.held_by_least += 1
         within_prompt = n < num_prompt and n % self.prefill_interval == 0
         after_prompt = n > num_prompt and n % self.block_size == 0
         if not self.policy.bounded or not (within_prompt or n == num_prompt or after_prompt):
@@ -106,13 +113,17 @@ class ExpectedEvictions:
         )
         blocks = sorted(self.alive)
         middle = blocks[sink : len(blocks) - recent]
-        if len(self.alive) > sink + recent + selected:
-            # What a policy remembers of earlier points: only those at which blocks had to go.
+        most = sink + recent + selected + max(-selected, min(selected, self.shift))
+        least = sink + recent + max(0, selected - self.most_shift)
+        if self.held_by_least > least:
+            self.held_by_least = least
+            # What a policy remembers of earlier points: only those at which blocks had to go, in
+            # some group.
             left = {b: self.policy.decay * score for b, score in self.scores.items()}
             self.scores = {
                 b: self.tokens.score(n, b, self.group) + left.get(b, 0.0) for b in blocks
             }
-        while len(self.alive) > sink + recent + selected:
+        while len(self.alive) > most:
             worst = min(middle, key=lambda b: (self.scores[b] if selected else 0, b))
             middle.remove(worst)
             self.alive.remove(worst)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -113,7 +112,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         config = data.draw(st.sampled_from(self.policies))
         if self.policies is TIGHT:
             config = config | {"max_request_tokens": MAX_REQUEST_TOKENS}
-        self.served = ServedPolicies.from_config(config)
+        self.groups = range(data.draw(st.sampled_from([1, 2])))
+        selected = config.get("semantic_tokens", 0) if len(self.groups) > 1 else 0
+        skew = data.draw(st.sampled_from([0, selected, -selected, BLOCK_SIZE * (selected > 0)]))
+        self.served = ServedPolicies.from_config(
+            config | {"layer_groups": len(self.groups), "layer_skew_tokens": skew}
+        )
         self.tokens_per_step = data.draw(st.sampled_from([8, 13, 16, 32]))
         self.caching = data.draw(st.booleans())
         vllm_config = make_config(
@@ -126,13 +130,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         full = FullAttentionSpec(
             block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
         )
-        self.groups = range(data.draw(st.sampled_from([1, 2])))
-        self.spec = semantic_spec(full, self.served, vllm_config)
-        specs = [replace(self.spec, layer_group=group) for group in self.groups]
+        specs = [semantic_spec(full, self.served, vllm_config, group) for group in self.groups]
+        self.spec = specs[0]
         most = -(-MAX_MODEL_LEN // BLOCK_SIZE)
         # What vLLM's start-up check asks for is enough; more is drawn.
-        least = min(self.spec.max_admission_blocks or most, most)
-        num_blocks = least * len(self.groups) + data.draw(st.integers(1, most))
+        least = [min(spec.max_admission_blocks or most, most) for spec in specs]
+        num_blocks = sum(least) + data.draw(st.integers(1, most))
         ours = resolve_obj_by_qualname(SCHEDULERS[self.asynchronous])
         self.scheduler = make_scheduler(ours, vllm_config, specs, num_blocks)
         self.managers = self.scheduler.kv_policy_managers
@@ -144,7 +147,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(BLOCK_SIZE, sha256) if self.caching else None
         self.worker = PagedWorker(
-            BLOCK_SIZE, self.served.num_queries, MAX_REQUESTS, least, len(self.groups)
+            BLOCK_SIZE, self.served.num_queries, MAX_REQUESTS, max(least), len(self.groups)
         )
         self.hashes = PrefixOfHash(BLOCK_SIZE, len(self.groups))
         self.in_flight: deque[tuple[Any, Any, Any]] = deque()
@@ -195,11 +198,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             except ValueError:
                 asked = None
         self.seen["policies of their own"] += policy != self.served.default
+        skew = self.served.layer_skew_tokens // BLOCK_SIZE
+        shifts = (-skew, skew) if len(self.groups) > 1 else (0,)
         self.expected[request_id] = [
             ExpectedEvictions(
-                self.tokens[request_id], policy, BLOCK_SIZE, self.tokens_per_step, group
+                self.tokens[request_id],
+                policy,
+                BLOCK_SIZE,
+                self.tokens_per_step,
+                group,
+                shift,
+                abs(skew),
             )
-            for group in self.groups
+            for group, shift in zip(self.groups, shifts, strict=True)
         ]
         params = SamplingParams(
             max_tokens=max_tokens,
@@ -375,8 +386,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         step = step_of(output)
         resumed = output.scheduled_cached_reqs.resumed_req_ids
         evictions = step.evictions if step else {}
-        assert len({tuple(of_group) for of_group in evictions.values()}) <= 1, "all groups at once"
-        assert len(evictions) in (0, len(self.groups))
+        if not self.served.layer_skew_tokens:
+            assert len({tuple(of) for of in evictions.values()}) <= 1, "all groups at once"
+            assert len(evictions) in (0, len(self.groups))
         for group, request_id, blocks in [
             (group, *of) for group, of_group in evictions.items() for of in of_group.items()
         ]:
@@ -384,14 +396,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert request_id not in resumed
             at = self.start_of(request_id, output) - self.spec.eviction_delay
             assert at <= self.processed(request_id), "a step in flight reads these blocks"
-            budget = self.expected[request_id][group].policy.budget(BLOCK_SIZE)
+            policy = self.expected[request_id][group].policy
+            budget = self.served.budget(policy, BLOCK_SIZE, group)
             kept = sorted(set(range(at // BLOCK_SIZE)) - self.gone(request_id, group))
             protected = kept[: budget.sink] + kept[len(kept) - budget.recent :]
             assert not set(blocks) & set(protected)
             assert set(blocks) <= set(kept), "evicted twice, or not full"
             self.evicted[request_id][group][at] = blocks
             self.seen["evictions"] += 1
-            self.seen["groups that differ"] += blocks != evictions[0][request_id]
+            others = [of.get(request_id) for of in evictions.values()]
+            self.seen["groups that differ"] += any(blocks != of for of in others)
+            self.seen["one group alone"] += len(self.groups) > 1 and len(others) < 2
         for request_id in resumed | (output.preempted_req_ids or set()):
             self.evicted[request_id] = [{} for _ in self.groups]
         self.seen["steps"] += 1
@@ -437,7 +452,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert min(manager.stats.score_ages, default=2) >= 1 + self.asynchronous
         first, *others = (manager.stats for manager in self.managers.values())
         for stats in others:
-            assert stats.evicted_blocks == first.evicted_blocks
+            if not self.served.layer_skew_tokens:
+                assert stats.evicted_blocks == first.evicted_blocks
             assert (stats.evictions, stats.evicting_requests) == (0, 0), "counted once"
         for request_id, tokens in self.tokens.items():
             self.hashes.learn(self.requests[request_id], tokens)
@@ -454,7 +470,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert [block.block_id for block in table] == row
                 held = sum(not block.is_null for block in table)
                 assert held == manager.num_kept_blocks(request_id)
-                most = self.spec.admission_blocks(expected[group].policy)
+                most = manager.kv_cache_spec.admission_blocks(expected[group].policy)
                 if most is not None:
                     assert held <= most
                 due = expected[group].until(max(0, start - delay))
@@ -494,6 +510,7 @@ def test_schedulers(asynchronous: bool, policies: list[dict[str, Any]], llama: s
         common |= {"turns": 100, "turns after a preemption": 10}
     if policies is TIGHT:
         common |= {"evictions": 2000, "policies of their own": 100, "groups that differ": 100}
+        common["one group alone"] = 20
         common["turns after an eviction"] = 20
         if asynchronous:
             common["stale scores"] = 20

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_semantic.frontend import asks_for_policy, checked, system_chats, with_pinned
+from vllm_semantic.layer_groups import skew_blocks
 from vllm_semantic.policies import FullPolicy, KVPolicy, SemanticPolicy, StreamingPolicy
 from vllm_semantic.policies.snapkv import SnapKVPolicy
 from vllm_semantic.served import REQUEST_KEY, ServedPolicies, flags_to_config, request_options
@@ -159,6 +160,60 @@ def test_a_request_has_no_layer_groups_of_its_own() -> None:
         choose(served, {"layer_groups": 2})
 
 
+GROUPED = {"name": "semantic", "layer_groups": 3}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GROUPED | {"layer_skew_tokens": "64"}, r"_tokens '64' is not a number of tokens; allowed"),
+        (GROUPED | {"layer_skew_tokens": True}, r"_tokens True is not a number of tokens; allowed"),
+        (GROUPED | {"layer_skew_tokens": 2**40}, r"is not a number of tokens; allowed: integers"),
+        (GROUPED | {"layer_skew_tokens": 193}, r"193 is more than the 192 tokens .* -192 to 192"),
+        (GROUPED | {"layer_skew_tokens": -193}, r"-193 is more than the 192 tokens"),
+        (GROUPED | {"name": "streaming", "layer_skew_tokens": 1}, r"1 is more than the 0 tokens"),
+        ({"name": "semantic", "layer_skew_tokens": 32}, r"needs --kv-policy-config.layer_groups"),
+    ],
+)
+def test_a_skew_that_does_not_fit(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"--kv-policy-config.layer_skew.*{message}"):
+        ServedPolicies.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("skew", "budgets"), [(0, [9, 9, 9]), (96, [6, 9, 12]), (-96, [12, 9, 6]), (192, [3, 9, 15])]
+)
+def test_deeper_layers_keep_more(skew: int, budgets: list[int]) -> None:
+    served = ServedPolicies.from_config(GROUPED | {"layer_skew_tokens": skew})
+    of_default = [served.budget(served.default, 32, group) for group in range(3)]
+    assert [budget.total for budget in of_default] == budgets
+    assert {(budget.sink, budget.recent) for budget in of_default} == {(1, 2)}
+    assert served.least_budget(served.default, 32).total == min(budgets)
+    words = f", in each of 3 groups of layers on average, from {budgets[0]} blocks in the first to "
+    assert served.describe_default(32).endswith(f"{words}{budgets[2]} in the last") == bool(skew)
+    # A request that selects less moves no more than that; one that selects nothing stays.
+    small = SemanticPolicy(semantic_tokens=64)
+    shift = min(2, abs(skew) // 32) * (1 if skew > 0 else -1)
+    assert [served.budget(small, 32, group).total for group in range(3)] == [
+        5 - shift,
+        5,
+        5 + shift,
+    ]
+    assert {served.budget(StreamingPolicy(), 32, group).total for group in range(3)} == {9}
+    # What is set aside for the largest request covers both.
+    for group, budget in enumerate(budgets):
+        assert served.max_budget_blocks(32, group) == max(9, budget)
+
+
+def test_a_skew_moves_blocks_between_groups_and_makes_none() -> None:
+    for num_groups in range(2, 20):
+        for skew in range(-200, 201, 7):
+            moved = [skew_blocks(group, num_groups, skew, 16) for group in range(num_groups)]
+            assert sum(moved) == 0
+            assert moved == sorted(moved, reverse=skew < 0)
+            assert moved[-1] == -moved[0] == round(skew / 16)
+
+
 @pytest.mark.parametrize("value", [-1, 1.5, "9", True, 2**31])
 def test_the_largest_budget_is_a_number_of_tokens(value: object) -> None:
     message = r"--kv-policy-config.max_request_tokens .* is not a number of tokens; allowed: int"
@@ -180,7 +235,7 @@ def test_whatever_is_asked_for_is_served_within_bounds_or_refused(
             assert str(refusal).startswith(("kv_policy", "--block-size"))
             continue
         assert choose(served, served.to_request(policy), num_prompt_tokens, max_tokens) == policy
-        most = served.max_budget_blocks(BLOCK_SIZE)
+        most = served.max_budget_blocks(BLOCK_SIZE, 0)
         held = -(-(num_prompt_tokens + max_tokens) // BLOCK_SIZE)
         if policy.bounded:
             held = min(held, policy.budget(BLOCK_SIZE).total)
@@ -191,11 +246,11 @@ def test_whatever_is_asked_for_is_served_within_bounds_or_refused(
 
 
 def test_sizes_cover_what_any_request_may_get() -> None:
-    assert SEMANTIC.max_budget_blocks(BLOCK_SIZE) == 9
-    assert GENEROUS.max_budget_blocks(BLOCK_SIZE) == 32
-    assert FULL.max_budget_blocks(BLOCK_SIZE) is None
+    assert SEMANTIC.max_budget_blocks(BLOCK_SIZE, 0) == 9
+    assert GENEROUS.max_budget_blocks(BLOCK_SIZE, 0) == 32
+    assert FULL.max_budget_blocks(BLOCK_SIZE, 0) is None
     small = ServedPolicies.from_config({"name": "semantic", "max_request_tokens": 64})
-    assert small.max_budget_blocks(BLOCK_SIZE) == 9, "the server's own still fits"
+    assert small.max_budget_blocks(BLOCK_SIZE, 0) == 9, "the server's own still fits"
 
 
 def test_what_a_request_may_ask_for_in_words() -> None:

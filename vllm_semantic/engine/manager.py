@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from .spec import SemanticSpec
 
 logger = init_logger(f"vllm.{__name__}")
+
+MAX_BUDGETS = 1024
+"""Policies of requests whose budgets are remembered."""
 
 
 class SemanticManager(FullAttentionManager):
@@ -59,6 +63,8 @@ class SemanticManager(FullAttentionManager):
         """Scheduler steps so far, this one included. Written by the scheduler."""
         self.quiet_until: dict[str, float] = {}
         """By request, the computed tokens up to which nothing is asked of the workers for it."""
+        self._budget_of = lru_cache(MAX_BUDGETS)(kv_cache_spec.budget)
+        self._least_blocks = lru_cache(MAX_BUDGETS)(kv_cache_spec.least_budget_blocks)
         self._points: dict[str, float] = {}
         """By request, the next point at which blocks have to go; an eviction only moves it on."""
         self._requests: dict[str, RequestBlocks] = {}
@@ -312,15 +318,15 @@ class SemanticManager(FullAttentionManager):
             and is_eviction_point(
                 num_tokens, num_prompt_tokens, self.block_size, self.prefill_interval
             )
-            and self._num_kept_at(request_id, num_tokens) > policy.budget(self.block_size).total
+            and self._num_kept_at(request_id, num_tokens) > self._least_blocks(policy)
         )
 
     def _next_over_budget_point(
         self, request_id: str, num_tokens: int, num_prompt_tokens: int
     ) -> int:
         """The first eviction point after ``num_tokens`` at which blocks have to go."""
-        budget = self.policy_of(request_id).budget(self.block_size)
-        num_over_budget = budget.total + 1 - self._num_kept_at(request_id, 0)
+        least_blocks = self._least_blocks(self.policy_of(request_id))
+        num_over_budget = least_blocks + 1 - self._num_kept_at(request_id, 0)
         first = max(num_tokens + 1, num_over_budget * self.block_size)
         turns = earlier_turns_of(self.requests.get(request_id))
         return eviction_point_of_turns(
@@ -335,7 +341,7 @@ class SemanticManager(FullAttentionManager):
         A request that stayed over its budget would hold more than admission counts on.
         """
         policy = self.policy_of(request_id)
-        budget, stats = policy.budget(self.block_size), self.stats_by_policy[policy.name]
+        budget, stats = self._budget_of(policy), self.stats_by_policy[policy.name]
         candidates = budget.candidates(kept)
         asked_in_step = state.asked_in_step.pop(point, None)
         try:
@@ -369,11 +375,23 @@ class SemanticManager(FullAttentionManager):
         return evicted
 
     def _num_kept_at(self, request_id: str, num_tokens: int) -> int:
+        """Blocks that the group of layers with the least budget would keep.
+
+        Counted alike in all groups: they have the same eviction points, and the tokens after the
+        first are approximate in all of them.
+        """
         num_full_blocks = num_tokens // self.block_size
         state = self._requests.get(request_id)
-        return num_full_blocks + (len(state.kept) - state.num_seen if state else 0)
+        if state is None:
+            return num_full_blocks
+        least = self._least_blocks(self.policy_of(request_id))
+        return num_full_blocks + min(len(state.kept), least) - state.num_seen
 
     def _evict(self, request_id: str, block_indices: BlockIndices) -> None:
+        stats = self.stats_by_policy[self.policy_of(request_id).name]
+        stats.evictions += self.is_first
+        if not block_indices:
+            return  # another group of layers keeps fewer
         blocks = self.req_to_blocks[request_id]
         freed = [blocks[i] for i in block_indices]
         for i in block_indices:
@@ -381,7 +399,5 @@ class SemanticManager(FullAttentionManager):
         # The newest first, as vLLM frees a request: the oldest stay shareable longest.
         self.block_pool.free_blocks(reversed(freed))
         self._evictions.setdefault(request_id, []).extend(block_indices)
-        stats = self.stats_by_policy[self.policy_of(request_id).name]
-        stats.evictions += self.is_first
         stats.evicted_blocks += len(block_indices)
         stats.recovered_blocks += len(block_indices)

@@ -64,26 +64,29 @@ def reserved_memory(
     spec = next(iter(under_policy.values()), None)
     if spec is None or not spec.served.bounded:
         return ReservedMemory(0, 0, 0)
-    num_groups = len({spec.layer_group for spec in under_policy.values()})
+    groups = {spec.layer_group: spec for spec in under_policy.values()}
     max_num_reqs = vllm_config.scheduler_config.max_num_seqs
     # Entries of int32, and once more as the int64 columns that a step looks up.
-    tables = num_groups * max_num_reqs * spec.max_held_blocks(vllm_config) * (4 + 8)
+    held_blocks = sum(spec.max_held_blocks(vllm_config) for spec in groups.values())
+    tables = max_num_reqs * held_blocks * (4 + 8)
     if not spec.served.rules:
         return ReservedMemory(0, tables, 0)
     scored = [layers[name] for name in under_policy]
     windows = QueryWindows(spec.served.num_queries, max_num_reqs)
     elements = windows.num_rows * sum(layer.num_heads * layer.head_size for layer in scored)
-    block_bytes = sum(spec.page_size_bytes for spec in under_policy.values()) // num_groups
+    block_bytes = sum(spec.page_size_bytes for spec in under_policy.values()) // len(groups)
     num_blocks = available_bytes // block_bytes
-    budget_blocks = spec.served.max_budget_blocks(spec.block_size)
-    if budget_blocks is not None:
+    budget_blocks = max(
+        spec.served.max_budget_blocks(spec.block_size, group) or 0 for group in groups
+    )
+    if budget_blocks:  # else a request may hold any number
         # All at once: each request its budget and the block being filled, and a step's tokens.
         shared_blocks = cdiv(spec.max_in_flight_tokens, spec.block_size)
         num_blocks = min(num_blocks, max_num_reqs * (budget_blocks + 1) + shared_blocks)
     num_heads = max(layer.num_heads for layer in scored)
     shape = AttentionShape(num_heads, spec.num_kv_heads, spec.head_size, spec.block_size)
     scoring = max(
-        scratch_bytes(policy, len(scored) // num_groups, num_blocks, shape, device)
+        scratch_bytes(policy, len(scored) // len(groups), num_blocks, shape, device)
         for policy in spec.served.rules
     )
     return ReservedMemory(elements * vllm_config.model_config.dtype.itemsize, tables, scoring)

@@ -9,7 +9,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from ..config import capacity, describe
+from ..config import capacity
 from ..messages import (
     KVPolicyStep,
     attach_policy,
@@ -238,7 +238,7 @@ class KVPolicyMixin(Scheduler):
 
     def _log_policy(self, spec: SemanticSpec) -> None:
         num_groups = len(self.kv_policy_managers)
-        logger.info("%s", describe(spec.policy, spec.block_size, num_groups))
+        logger.info("%s", spec.served.describe_default(spec.block_size))
         num_blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
         full_blocks = cdiv(self.max_model_len, spec.block_size)
         held_blocks, shared_blocks = full_blocks, 0

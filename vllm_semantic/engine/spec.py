@@ -13,6 +13,7 @@ from ..config import POLICY_FLAG
 from ..hooks import register_spec
 from ..layer_groups import split_layers
 from ..policies import KVPolicy
+from ..policies.base import BlockBudget
 from ..served import ServedPolicies
 from .manager import SemanticManager
 
@@ -53,13 +54,20 @@ class SemanticSpec(FullAttentionSpec):
     @property
     def max_admission_blocks(self) -> int | None:
         """The most blocks that any request ever holds; ``None`` if that is not bounded."""
-        return self._admission_blocks(self.served.max_budget_blocks(self.block_size))
+        largest = self.served.max_budget_blocks(self.block_size, self.layer_group)
+        return self._admission_blocks(largest)
 
     def admission_blocks(self, policy: KVPolicy) -> int | None:
         """The most blocks that a request under ``policy`` ever holds."""
-        return self._admission_blocks(
-            policy.budget(self.block_size).total if policy.bounded else None
-        )
+        return self._admission_blocks(self.budget(policy).total if policy.bounded else None)
+
+    def budget(self, policy: KVPolicy) -> BlockBudget:
+        """What a request under a bounded policy keeps in this group of layers."""
+        return self.served.budget(policy, self.block_size, self.layer_group)
+
+    def least_budget_blocks(self, policy: KVPolicy) -> int:
+        """Blocks beyond which some group of layers evicts, and every group asks for scores."""
+        return self.served.least_budget(policy, self.block_size).total
 
     def _admission_blocks(self, budget_blocks: int | None) -> int | None:
         """The budget, the tokens since the last eviction point or in flight, and the block that

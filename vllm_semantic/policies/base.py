@@ -34,6 +34,11 @@ class BlockBudget:
     def total(self) -> int:
         return self.sink + self.recent + self.selected
 
+    def shifted(self, blocks: int) -> BlockBudget:
+        """With as many selected blocks more; what is not there is not moved, either way."""
+        moved = max(-self.selected, min(blocks, self.selected))
+        return dataclasses.replace(self, selected=self.selected + moved) if moved else self
+
     def candidates(self, kept: Sequence[int]) -> Sequence[int]:
         """The blocks that may be evicted: neither sink nor recent.
 

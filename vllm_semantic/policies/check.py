@@ -30,6 +30,7 @@ RESERVED = (
     "pin_prompt_tokens",
     "max_request_tokens",
     "layer_groups",
+    "layer_skew_tokens",
 )
 """What no option can be called: read of the class, or of a request beside its options."""
 
