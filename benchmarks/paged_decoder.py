@@ -7,13 +7,15 @@ What an engine does with the same rule is measured by ``benchmarks/quality.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
+
+from vllm_semantic.layer_groups import skew_blocks
 
 BLOCK_SIZE = 32
 WINDOW = 32
@@ -57,6 +59,10 @@ class Split:
     recent: int = 2
     selected: int = 6
 
+    @property
+    def total(self) -> int:
+        return self.sink + self.recent + self.selected
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -91,6 +97,7 @@ class PagedDecoder:
         split: Split | None = None,
         rule: Rule | None = None,
         num_groups: int = 1,
+        skew: int = 0,
     ) -> Tensor:
         """Losses in nats of the tokens after the prompt, ``[num_docs, length - num_prompt]``.
 
@@ -100,6 +107,7 @@ class PagedDecoder:
             split: the budget; ``None`` keeps all.
             rule: what the selected blocks are kept by; ``None``: age.
             num_groups: equal shares of the layers, each of which keeps blocks of its own.
+            skew: blocks that the last group selects more, and the first fewer.
         """
         num_docs, length = documents.shape
         num_kv_heads, head_size = self.shape
@@ -108,6 +116,11 @@ class PagedDecoder:
         self._num_blocks = -(-length // BLOCK_SIZE)
         self._share = self.num_layers // num_groups
         memories: list[dict[str, Any]] = [{} for _ in range(num_groups)]
+        if split is not None:
+            splits = [
+                replace(split, selected=split.selected + skew_blocks(group, num_groups, skew, 1))
+                for group in range(num_groups)
+            ]
         full = [n for n in range(num_prompt + 1, length) if n % BLOCK_SIZE == 0]
         kept = [torch.zeros(num_docs, 0, dtype=torch.int64)] * num_groups
         seen = start = 0
@@ -127,9 +140,10 @@ class PagedDecoder:
             start, num_full = point, point // BLOCK_SIZE
             new = torch.arange(seen, num_full).expand(num_docs, -1)
             kept, seen = [torch.cat((of, new), dim=1) for of in kept], num_full
-            if split is not None:
+            # What one group gives up is approximate in all: they score from there on.
+            if split is not None and num_full > split.total - abs(skew):
                 kept = [
-                    self._evict(of, point, split, rule, group, memory)
+                    self._evict(of, point, splits[group], rule, group, memory)
                     for group, (of, memory) in enumerate(zip(kept, memories, strict=True))
                 ]
         return torch.cat(found, dim=1)
@@ -165,9 +179,7 @@ class PagedDecoder:
         group: int,
         memory: dict[str, Any],
     ) -> Tensor:
-        excess = kept.shape[1] - (split.sink + split.recent + split.selected)
-        if excess <= 0:
-            return kept
+        excess = max(0, kept.shape[1] - split.total)
         ends = (split.sink, kept.shape[1] - split.recent)
         sink, blocks, recent = kept.tensor_split(ends, dim=1)
         if rule is None:

@@ -188,6 +188,8 @@ class Variant:
     split: Split = STUDY
     num_groups: int = 1
     """Of layers that keep blocks of their own."""
+    skew: int = 0
+    """Blocks that the last of them selects more, and the first fewer."""
 
 
 def of_one_decision(theta: float) -> dict[str, Variant]:
@@ -236,30 +238,31 @@ def of_groups(theta: float) -> dict[str, Variant]:
     wide = Split(1, 4, 4)
     attention, best = decayed(mass(8), 0.8), decayed(contribution(), 0.9)
     floored = contribution(32, queries="max", floor=True)
+    each = {
+        "mean over heads": decayed(contribution(heads="mean"), 0.9),
+        "root mean square over heads": decayed(contribution(heads="rms"), 0.9),
+        "decay 0.95": decayed(contribution(), 0.95),
+        "4 queries": decayed(contribution(4), 0.9),
+        "32 queries": decayed(contribution(32), 0.9),
+        "highest of 32 queries": decayed(contribution(32, queries="max"), 0.9),
+        "highest of 32, at least the mean of the blocks": decayed(floored, 0.9),
+    }
     return {
         AGE: Variant(None, Split(1, 8, 0)),
         "attention of 8, decay 0.8, one decision (the default)": Variant(attention),
-        "the same in 5 groups": Variant(attention, num_groups=5),
-        "the same, each layer": Variant(attention, num_groups=EACH),
-        "contribution, highest head, decay 0.9, recent 128, one decision (A)": Variant(best, wide),
-        "A in 5 groups": Variant(best, wide, 5),
-        "A in 10 groups": Variant(best, wide, 10),
-        "A in 15 groups": Variant(best, wide, 15),
+        "contribution, highest head, decay 0.9, recent 128, 5 groups (A)": Variant(best, wide, 5),
+        "A, 15 groups": Variant(best, wide, 15),
         "A, each layer": Variant(best, wide, EACH),
-        "the same, mean over heads": Variant(decayed(contribution(heads="mean"), 0.9), wide, EACH),
-        "the same, root mean square over heads": Variant(
-            decayed(contribution(heads="rms"), 0.9), wide, EACH
-        ),
-        "the same, decay 0.8": Variant(decayed(contribution(), 0.8), wide, EACH),
-        "the same, decay 0.95": Variant(decayed(contribution(), 0.95), wide, EACH),
-        "the same, recent 96": Variant(best, Split(1, 3, 5), EACH),
-        "the same, recent 160": Variant(best, Split(1, 5, 3), EACH),
-        "the same, mean of 32 queries": Variant(decayed(contribution(32), 0.9), wide, EACH),
-        "the same, highest of 32 queries": Variant(
-            decayed(contribution(32, queries="max"), 0.9), wide, EACH
-        ),
-        "the same, highest of 32, at least the mean of the blocks": Variant(
-            decayed(floored, 0.9), wide, EACH
+        **{f"A, each layer, {name}": Variant(rule, wide, EACH) for name, rule in each.items()},
+        "A, each layer, recent 96": Variant(best, Split(1, 3, 5), EACH),
+        "A, each layer, recent 160": Variant(best, Split(1, 5, 3), EACH),
+        "A, 3 groups, skew 96": Variant(best, wide, 3, 3),
+        "A, 6 groups, skew 128": Variant(best, wide, 6, 4),
+        "A, 15 groups, skew 128": Variant(best, wide, 15, 4),
+        "A, 15 groups, skew -128": Variant(best, wide, 15, -4),
+        "A, each layer, skew 128": Variant(best, wide, EACH, 4),
+        "attention of 8, decay 0.8, recent 128, 15 groups, skew 128": Variant(
+            attention, wide, 15, 4
         ),
     }
 
@@ -293,6 +296,7 @@ def run(settings: Settings, out: Path = RESULTS / "variants.json") -> dict[str, 
                 variant.split,
                 variant.rule,
                 variant.num_groups or decoder.num_layers,
+                variant.skew,
             )
         progress.advance(task)
     report = summarise(settings, losses, {name: len(of) for name, of in found.items()})

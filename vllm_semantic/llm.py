@@ -20,8 +20,9 @@ class LLM(vllm.LLM):
             :class:`~vllm_semantic.policies.KVPolicy` class, or ``None`` for vLLM untouched.
         kv_policy_config: the policy's options, e.g. ``{"semantic_tokens": 512}``, or their JSON
             text, and ``max_request_tokens``, the largest budget that a request may ask for in
-            ``SamplingParams(extra_args={"kv_policy": {...}})``, and ``layer_groups``, how many
-            equal shares of the layers evict for themselves.
+            ``SamplingParams(extra_args={"kv_policy": {...}})``, ``layer_groups``, how many
+            equal shares of the layers evict for themselves, and ``layer_skew_tokens``, how many
+            tokens more than the budget the last of them keeps, and the first fewer.
         **kwargs: as in ``vllm.LLM``.
 
     Raises:

@@ -34,11 +34,19 @@ def test_without_a_budget_losses_are_the_models(decoder: PagedDecoder, llama: st
 
 
 @pytest.mark.parametrize(
-    ("rule", "num_groups"),
-    [("age", 1), ("study", 1), ("attention", 1), ("tova", 1), ("contribution, max", 2)],
+    ("rule", "num_groups", "skew"),
+    [
+        ("age", 1, 0),
+        ("study", 1, 0),
+        ("attention", 1, 0),
+        ("tova", 1, 0),
+        ("contribution, max", 2, 0),
+        ("contribution, max", 2, 2),
+        ("attention", 2, -2),
+    ],
 )
 def test_a_rule_loses_what_the_oracle_loses(
-    decoder: PagedDecoder, llama: str, rule: str, num_groups: int
+    decoder: PagedDecoder, llama: str, rule: str, num_groups: int, skew: int
 ) -> None:
     """The same rule in the search, in the oracle and (tests/e2e/test_oracle.py) in the engine."""
     rules = {
@@ -49,7 +57,8 @@ def test_a_rule_loses_what_the_oracle_loses(
         "contribution, max": decayed(contribution(), 0.9),
     }
     split = Split(1, 2, 0 if rule == "age" else 4)
-    losses = decoder.losses(torch.tensor(DOCUMENTS), NUM_PROMPT, split, rules[rule], num_groups)
+    documents = torch.tensor(DOCUMENTS)
+    losses = decoder.losses(documents, NUM_PROMPT, split, rules[rule], num_groups, skew)
     verdicts = judge(
         [
             Case(
@@ -63,6 +72,7 @@ def test_a_rule_loses_what_the_oracle_loses(
                 selected_tokens=0 if rule == "age" else 128,
                 rule=rule,
                 layer_groups=num_groups,
+                layer_skew_tokens=32 * skew,
             )
             for tokens in DOCUMENTS
         ]
@@ -76,7 +86,9 @@ def test_a_rule_loses_what_the_oracle_loses(
 def test_every_variant_runs(decoder: PagedDecoder, family: str) -> None:
     documents = torch.tensor(DOCUMENTS)[:, :420]
     found = {
-        name: decoder.losses(documents, 330, variant.split, variant.rule, decoder.num_layers)
+        name: decoder.losses(
+            documents, 330, variant.split, variant.rule, decoder.num_layers, variant.skew
+        )
         for name, variant in FAMILIES[family](10_000.0).items()
     }
     assert all(losses.isfinite().all() for losses in found.values())
