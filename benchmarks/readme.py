@@ -57,6 +57,7 @@ def run() -> None:
             ("search", "search", _variants),
             ("budgets", "budgets", _budgets),
             ("prefill", "prefill", _rules),
+            ("real-prefill", "real-prefill", _rules),
             ("study", "study", _quality),
         ],
     }

@@ -71,7 +71,8 @@ def contribution(
     Args:
         num_queries: how many.
         queries: ``mean`` or ``max`` over them.
-        heads: ``mean``, ``max`` or root mean square (``rms``) over them.
+        heads: ``mean``, ``max`` or root mean square (``rms``) over them, or the ``max`` of how
+            many standard deviations a block is above the head's mean (``zmax``, as TriAttention).
         floor: nothing is worth less to a head than its blocks' mean (DefensiveKV, ICLR 2026).
     """
 
@@ -81,9 +82,11 @@ def contribution(
         by_head = by_query.amax(3) if queries == "max" else by_query.mean(3)
         if floor:
             by_head = by_head.maximum(by_head.mean(3, keepdim=True))
+        if heads == "zmax":
+            by_head = (by_head - by_head.mean(3, keepdim=True)) / by_head.std(3, keepdim=True)
         if heads == "rms":
             return by_head.square().mean(2).sqrt().mean(0)
-        return (by_head.amax(2) if heads == "max" else by_head.mean(2)).mean(0)
+        return (by_head.mean(2) if heads == "mean" else by_head.amax(2)).mean(0)
 
     return rule
 
@@ -241,6 +244,7 @@ def of_groups(theta: float) -> dict[str, Variant]:
     each = {
         "mean over heads": decayed(contribution(heads="mean"), 0.9),
         "root mean square over heads": decayed(contribution(heads="rms"), 0.9),
+        "highest z-score of a head": decayed(contribution(heads="zmax"), 0.9),
         "decay 0.95": decayed(contribution(), 0.95),
         "4 queries": decayed(contribution(4), 0.9),
         "32 queries": decayed(contribution(32), 0.9),
