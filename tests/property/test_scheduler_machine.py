@@ -113,7 +113,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.policies is TIGHT:
             config = config | {"max_request_tokens": MAX_REQUEST_TOKENS}
         self.groups = range(data.draw(st.sampled_from([1, 2])))
-        selected = config.get("semantic_tokens", 0) if len(self.groups) > 1 else 0
+        skewed = self.policies is TIGHT and len(self.groups) > 1
+        selected = config.get("semantic_tokens", 0) if skewed else 0
         skew = data.draw(st.sampled_from([0, selected, -selected, BLOCK_SIZE * (selected > 0)]))
         self.served = ServedPolicies.from_config(
             config | {"layer_groups": len(self.groups), "layer_skew_tokens": skew}
