@@ -7,7 +7,7 @@ What an engine does with the same rule is measured by ``benchmarks/quality.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from vllm_semantic.layer_groups import skew_blocks
+from vllm_semantic.policies.base import BlockBudget
 
 BLOCK_SIZE = 32
 WINDOW = 32
@@ -52,19 +53,6 @@ Rule = Callable[[State], Tensor]
 
 
 @dataclass(frozen=True)
-class Split:
-    """A budget in blocks."""
-
-    sink: int = 1
-    recent: int = 2
-    selected: int = 6
-
-    @property
-    def total(self) -> int:
-        return self.sink + self.recent + self.selected
-
-
-@dataclass(frozen=True)
 class Prompt:
     """The beginnings of documents, read."""
 
@@ -94,7 +82,7 @@ class PagedDecoder:
         self,
         documents: Tensor,
         num_prompt: int,
-        split: Split | None = None,
+        split: BlockBudget | None = None,
         rule: Rule | None = None,
         num_groups: int = 1,
         skew: int = 0,
@@ -118,7 +106,7 @@ class PagedDecoder:
         memories: list[dict[str, Any]] = [{} for _ in range(num_groups)]
         if split is not None:
             splits = [
-                replace(split, selected=split.selected + skew_blocks(group, num_groups, skew, 1))
+                split.shifted(skew_blocks(group, num_groups, skew, 1))
                 for group in range(num_groups)
             ]
         full = [n for n in range(num_prompt + 1, length) if n % BLOCK_SIZE == 0]
@@ -141,7 +129,7 @@ class PagedDecoder:
             new = torch.arange(seen, num_full).expand(num_docs, -1)
             kept, seen = [torch.cat((of, new), dim=1) for of in kept], num_full
             # What one group gives up is approximate in all: they score from there on.
-            if split is not None and num_full > split.total - abs(skew):
+            if split is not None and num_full > min(of.total for of in splits):
                 kept = [
                     self._evict(of, point, splits[group], rule, group, memory)
                     for group, (of, memory) in enumerate(zip(kept, memories, strict=True))
@@ -174,7 +162,7 @@ class PagedDecoder:
         self,
         kept: Tensor,
         point: int,
-        split: Split,
+        split: BlockBudget,
         rule: Rule | None,
         group: int,
         memory: dict[str, Any],

@@ -14,10 +14,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from vllm_semantic.policies.base import BlockBudget
+
 from . import texts
 from .context import RESULTS, context
 from .demo import progress_bar
-from .paged_decoder import BLOCK_SIZE, PagedDecoder, Rule, Split, State, tokens_of
+from .paged_decoder import BLOCK_SIZE, PagedDecoder, Rule, State, tokens_of
 from .statistics import paired_difference
 
 BUDGET = 264
@@ -178,7 +180,7 @@ def unrotated(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return x * cos + torch.cat((high, -low), dim=-1) * sin
 
 
-STUDY = Split()
+STUDY = BlockBudget(sink=1, recent=2, selected=6)
 AGE = "age: 1 sink + 8 recent (streaming)"
 
 
@@ -188,7 +190,7 @@ class Variant:
 
     rule: Rule | None
     """``None``: age."""
-    split: Split = STUDY
+    split: BlockBudget = STUDY
     num_groups: int = 1
     """Of layers that keep blocks of their own."""
     skew: int = 0
@@ -199,11 +201,11 @@ def of_one_decision(theta: float) -> dict[str, Variant]:
     """What is tried with one decision for all layers, by what it is called in the table."""
     middle = slice(1, None)
     return {
-        AGE: Variant(None, Split(1, 8, 0)),
-        "age: 0 sinks + 9 recent": Variant(None, Split(0, 9, 0)),
-        "age: 1 sink + 16 recent (1.9 x the budget)": Variant(None, Split(1, 16, 0)),
+        AGE: Variant(None, BlockBudget(1, 8, 0)),
+        "age: 0 sinks + 9 recent": Variant(None, BlockBudget(0, 9, 0)),
+        "age: 1 sink + 16 recent (1.9 x the budget)": Variant(None, BlockBudget(1, 16, 0)),
         "random, 2 recent": Variant(drawn),
-        "random, 4 recent": Variant(drawn, Split(1, 4, 4)),
+        "random, 4 recent": Variant(drawn, BlockBudget(1, 4, 4)),
         "cosine of the newest query (the study)": Variant(similar()),
         "cosine of the mean of 32 queries": Variant(similar(32)),
         "cosine of 32, before RoPE": Variant(similar(32, theta=theta)),
@@ -231,14 +233,14 @@ def of_one_decision(theta: float) -> dict[str, Variant]:
         "best token, 32, decay 0.9, not the first layer": Variant(
             decayed(mass(32, middle, peak=True), 0.9)
         ),
-        "attention of 8, decay 0.8, 4 recent": Variant(decayed(mass(8), 0.8), Split(1, 4, 4)),
-        "attention of 8, decay 0.8, no sink": Variant(decayed(mass(8), 0.8), Split(0, 2, 7)),
+        "attention of 8, decay 0.8, 4 recent": Variant(decayed(mass(8), 0.8), BlockBudget(1, 4, 4)),
+        "attention of 8, decay 0.8, no sink": Variant(decayed(mass(8), 0.8), BlockBudget(0, 2, 7)),
     }
 
 
 def of_groups(theta: float) -> dict[str, Variant]:
     """What is tried where groups of layers decide: on a model of 30 layers."""
-    wide = Split(1, 4, 4)
+    wide = BlockBudget(1, 4, 4)
     attention, best = decayed(mass(8), 0.8), decayed(contribution(), 0.9)
     floored = contribution(32, queries="max", floor=True)
     each = {
@@ -252,14 +254,14 @@ def of_groups(theta: float) -> dict[str, Variant]:
         "highest of 32, at least the mean of the blocks": decayed(floored, 0.9),
     }
     return {
-        AGE: Variant(None, Split(1, 8, 0)),
+        AGE: Variant(None, BlockBudget(1, 8, 0)),
         "attention of 8, decay 0.8, one decision (the default)": Variant(attention),
         "contribution, highest head, decay 0.9, recent 128, 5 groups (A)": Variant(best, wide, 5),
         "A, 15 groups": Variant(best, wide, 15),
         "A, each layer": Variant(best, wide, EACH),
         **{f"A, each layer, {name}": Variant(rule, wide, EACH) for name, rule in each.items()},
-        "A, each layer, recent 96": Variant(best, Split(1, 3, 5), EACH),
-        "A, each layer, recent 160": Variant(best, Split(1, 5, 3), EACH),
+        "A, each layer, recent 96": Variant(best, BlockBudget(1, 3, 5), EACH),
+        "A, each layer, recent 160": Variant(best, BlockBudget(1, 5, 3), EACH),
         "A, 3 groups, skew 96": Variant(best, wide, 3, 3),
         "A, 6 groups, skew 128": Variant(best, wide, 6, 4),
         "A, 15 groups, skew 128": Variant(best, wide, 15, 4),

@@ -433,14 +433,12 @@ class Oracle:
         budgets = [
             num_sink + num_recent + num_selected + shift for shift in shifts(case, num_selected)
         ]
-        # As soon as one group has too much, all of them score.
-        if not case.bounded or all(
-            len(alive) <= budget for alive, budget in zip(held, budgets, strict=True)
-        ):
-            return [[] for _ in groups], float("inf")
         excesses = [
             max(0, len(alive) - budget) for alive, budget in zip(held, budgets, strict=True)
         ]
+        # As soon as one group has too much, all of them score.
+        if not case.bounded or not any(excesses):
+            return [[] for _ in groups], float("inf")
         if case.rule == "age":
             gone = [
                 alive[num_sink : num_sink + excess]

@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.foresight import HORIZON, Foresight
-from benchmarks.paged_decoder import PagedDecoder, Split
+from benchmarks.paged_decoder import PagedDecoder
 from benchmarks.variants import FAMILIES, contribution, decayed, mass, similar, unrotated
+from vllm_semantic.policies.base import BlockBudget
 
 from ..models import random_prompts
 from ..oracle import Case, judge
@@ -56,7 +57,7 @@ def test_a_rule_loses_what_the_oracle_loses(
         "tova": mass(1),
         "contribution, max": decayed(contribution(), 0.9),
     }
-    split = Split(1, 2, 0 if rule == "age" else 4)
+    split = BlockBudget(1, 2, 0 if rule == "age" else 4)
     documents = torch.tensor(DOCUMENTS)
     losses = decoder.losses(documents, NUM_PROMPT, split, rules[rule], num_groups, skew)
     verdicts = judge(

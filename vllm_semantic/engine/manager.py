@@ -313,20 +313,19 @@ class SemanticManager(FullAttentionManager):
         if num_tokens % self._point_spacing and num_tokens != num_prompt_tokens:
             return False
         policy = self.policy_of(request_id)
-        return (
-            policy.bounded
-            and is_eviction_point(
-                num_tokens, num_prompt_tokens, self.block_size, self.prefill_interval
-            )
-            and self._num_kept_at(request_id, num_tokens) > self._least_blocks(policy)
-        )
+        if not policy.bounded or not is_eviction_point(
+            num_tokens, num_prompt_tokens, self.block_size, self.prefill_interval
+        ):
+            return False
+        least_blocks = self._least_blocks(policy)
+        return self._num_kept_at(request_id, num_tokens, least_blocks) > least_blocks
 
     def _next_over_budget_point(
         self, request_id: str, num_tokens: int, num_prompt_tokens: int
     ) -> int:
         """The first eviction point after ``num_tokens`` at which blocks have to go."""
         least_blocks = self._least_blocks(self.policy_of(request_id))
-        num_over_budget = least_blocks + 1 - self._num_kept_at(request_id, 0)
+        num_over_budget = least_blocks + 1 - self._num_kept_at(request_id, 0, least_blocks)
         first = max(num_tokens + 1, num_over_budget * self.block_size)
         turns = earlier_turns_of(self.requests.get(request_id))
         return eviction_point_of_turns(
@@ -374,7 +373,7 @@ class SemanticManager(FullAttentionManager):
         )
         return evicted
 
-    def _num_kept_at(self, request_id: str, num_tokens: int) -> int:
+    def _num_kept_at(self, request_id: str, num_tokens: int, least_blocks: int) -> int:
         """Blocks that the group of layers with the least budget would keep.
 
         Counted alike in all groups: they have the same eviction points, and the tokens after the
@@ -384,8 +383,7 @@ class SemanticManager(FullAttentionManager):
         state = self._requests.get(request_id)
         if state is None:
             return num_full_blocks
-        least = self._least_blocks(self.policy_of(request_id))
-        return num_full_blocks + min(len(state.kept), least) - state.num_seen
+        return num_full_blocks + min(len(state.kept), least_blocks) - state.num_seen
 
     def _evict(self, request_id: str, block_indices: BlockIndices) -> None:
         stats = self.stats_by_policy[self.policy_of(request_id).name]
