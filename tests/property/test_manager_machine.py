@@ -409,7 +409,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
 def test_manager() -> None:
     seen: Counter[str] = Counter()
-    run_lives(partial(ManagerMachine, seen), 200)
+    run_lives(partial(ManagerMachine, seen), 400)
     least = {
         "steps": 5000,
         "evictions": 500,
