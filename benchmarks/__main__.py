@@ -109,7 +109,9 @@ def main() -> None:
 
     tasks.add_parser("models", help="fetch and convert the model that --model smollm2 names")
 
-    tasks.add_parser("readme", help="write the README's tables from benchmarks/results")
+    tasks.add_parser(
+        "readme", help="write the tables of README.md and docs/ from benchmarks/results"
+    )
 
     args = parser.parse_args()
     if args.task == "demo":

@@ -32,8 +32,10 @@ PAIRS = (
     "semantic - semantic:study",
     "streaming - NF4 + semantic",
 )
-"""Differences that the README shows; the JSON has all."""
+"""Differences that the pages show; the JSON has all."""
 
+
+FEATURES_PAGE = "docs/features.md"
 
 OVERHEAD_BATCH = 32
 """Requests of the line on the host's share."""
@@ -42,15 +44,13 @@ OVERHEAD_BATCH = 32
 def run() -> None:
     """Replace what stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``."""
     tables: dict[str, list[tuple[str, str, Callable[[dict[str, Any]], str]]]] = {
-        "README.md": [
-            ("demo", "demo", demo_table),
+        "README.md": [("demo", "demo", demo_table), ("real", "real", _rules)],
+        "docs/speed.md": [
             ("figures", "figures", _figures),
             ("capacity", "capacity", _capacity),
             ("overhead", "overhead", _overhead),
-            ("real", "real", _rules),
-            ("quality", "quality", _quality),
-            ("recall", "quality", _recall),
         ],
+        "docs/quality.md": [("quality", "quality", _quality), ("recall", "quality", _recall)],
         "docs/research.md": [
             ("rules", "rules", _rules),
             ("variants", "variants", _variants),
@@ -68,8 +68,8 @@ def run() -> None:
             report = json.loads((RESULTS / f"{result}.json").read_text())
             text = replaced(text, name, render(report))
         path.write_text(text)
-    readme = ROOT / "README.md"
-    readme.write_text(replaced(readme.read_text(), "features", features()))
+    path = ROOT / FEATURES_PAGE
+    path.write_text(replaced(path.read_text(), "features", features()))
 
 
 def replaced(text: str, name: str, table: str) -> str:
@@ -99,7 +99,7 @@ def features() -> str:
 def _test_link(test: str) -> str:
     file, _, function = test.partition("::")
     name = function or file.rpartition("/")[2]
-    return f"[{name.replace('[', ' (').replace(']', ')')}](tests/{file})"
+    return f"[{name.replace('[', ' (').replace(']', ')')}](../tests/{file})"
 
 
 def demo_table(report: dict[str, Any]) -> str:

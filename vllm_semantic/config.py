@@ -24,6 +24,9 @@ from .policies.options import MAX_TOKENS, allowed, option_types, parse
 POLICY_FLAG = "--kv-policy"
 CONFIG_FLAG = "--kv-policy-config"
 
+WRAPPED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "XFORMERS")
+"""vLLM's attention backends, and one of our own, that read a table without evicted blocks."""
+
 
 def resolve_policy_class(name: object) -> type[KVPolicy]:
     """Find a policy by name, or by the qualified name of a class of one's own.

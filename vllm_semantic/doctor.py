@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import POLICY_FLAG
-from .hooks import SUPPORTED_VLLM, WRAPPED_BACKENDS
+from .config import POLICY_FLAG, WRAPPED_BACKENDS
+from .hooks import SUPPORTED_VLLM
 from .served import CONFIG_KEY, ServedPolicies, has_policy
 
 PLUGINS_GROUP = "vllm.general_plugins"

@@ -14,7 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .config import CONFIG_FLAG, POLICY_FLAG, check_block_size, resolve_policy_class
+from .config import (
+    CONFIG_FLAG,
+    POLICY_FLAG,
+    WRAPPED_BACKENDS,
+    check_block_size,
+    resolve_policy_class,
+)
 from .frontend import asks_for_policy, check_places, checked, system_chats, with_pinned
 from .layer_groups import LAYER_GROUPS, LAYER_SKEW, check_layer_groups
 from .policies import POLICIES, KVPolicy
@@ -45,12 +51,13 @@ WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker": "vllm_semantic.engine.worker.SemanticWorker",
 }
 
-WRAPPED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "XFORMERS")
-
 DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16, "xformers": 64}
 """Smallest block that a platform's kernels handle well."""
 
 XFORMERS_BACKEND = "vllm_semantic.engine.xformers_backend.XFormersBackend"
+
+WRAPPED_MODULE = "vllm_semantic.engine.backend"
+"""Has each of the wrapped backends under its name."""
 
 _SpecT = TypeVar("_SpecT", bound="type[KVCacheSpec]")
 
@@ -612,13 +619,11 @@ def wrapped_attention_backends() -> Iterator[None]:
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from .engine import backend
-
     known = AttentionBackendEnum.__members__  # XFORMERS only if it was asked for
     members = [known[name] for name in WRAPPED_BACKENDS if name in known]
     selector._cached_get_attn_backend.cache_clear()
     for member in members:
-        register_backend(member, f"{backend.__name__}.{member.name}")
+        register_backend(member, f"{WRAPPED_MODULE}.{member.name}")
     try:
         yield
     finally:

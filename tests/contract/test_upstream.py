@@ -55,13 +55,14 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_semantic.config import WRAPPED_BACKENDS
 from vllm_semantic.engine.manager import SemanticManager
 from vllm_semantic.engine.metrics import KVPolicyStatLogger
 from vllm_semantic.engine.refusal import KVPolicyError
 from vllm_semantic.engine.scheduler import AsyncSemanticScheduler, SemanticScheduler
 from vllm_semantic.engine.spec import SemanticSpec
 from vllm_semantic.engine.worker import SemanticWorker
-from vllm_semantic.hooks import SCHEDULERS, WORKERS, WRAPPED_BACKENDS, xformers_member
+from vllm_semantic.hooks import SCHEDULERS, WORKERS, xformers_member
 from vllm_semantic.upstream import check_backend, overrides, parameters, signatures
 
 from ..platforms import on_gpu

@@ -1,4 +1,4 @@
-"""The README's list of features: every test it names exists, and it is the list there is."""
+"""The list of features in docs/: every test it names exists, and it is the list there is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from benchmarks.readme import features, replaced
+from benchmarks.readme import FEATURES_PAGE, features, replaced
 
 TESTS = Path(__file__).resolve().parent.parent
 FEATURES: dict[str, dict[str, list[str]]] = tomllib.loads((TESTS / "features.toml").read_text())
@@ -54,6 +54,6 @@ def test_every_refusal_is_listed() -> None:
     assert not [case for case in cases if f"{prefix}[{case}]" not in named]
 
 
-def test_the_readme_is_up_to_date() -> None:
-    readme = (TESTS.parent / "README.md").read_text()
-    assert replaced(readme, "features", features()) == readme, "run: python -m benchmarks readme"
+def test_the_page_is_up_to_date() -> None:
+    page = (TESTS.parent / FEATURES_PAGE).read_text()
+    assert replaced(page, "features", features()) == page, "run: python -m benchmarks readme"

@@ -18,7 +18,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from ..hooks import WRAPPED_BACKENDS
+from ..config import WRAPPED_BACKENDS
 from ..ops.queries import keep_queries
 from .held_blocks import HeldRows
 from .query_windows import QueryWindows
@@ -205,7 +205,7 @@ def wrap_backend(name: str) -> type[AttentionBackend]:
     """The backend of ``AttentionBackendEnum[name]`` with both mixins.
 
     Raises:
-        KeyError: ``name`` is not one of :data:`~..hooks.WRAPPED_BACKENDS`.
+        KeyError: ``name`` is not one of :data:`~..config.WRAPPED_BACKENDS`.
     """
     if name not in WRAPPED_BACKENDS:
         raise KeyError(name)

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -14,6 +14,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from ..config import check_block_size
 from ..messages import BlockIndices, ScoreRequest, earlier_turns_of, extra_args_of, policy_of
 from ..policies import KVPolicy
+from ..policies.base import BlockBudget
 from ..policies.check import POLICY_ERRORS
 from ..policies.selection import (
     blocks_to_evict,
@@ -28,12 +29,27 @@ from .stats import EvictionStats
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    from .spec import SemanticSpec
-
 logger = init_logger(f"vllm.{__name__}")
 
 MAX_BUDGETS = 1024
 """Policies of requests whose budgets are remembered."""
+
+
+class BoundedSpec(Protocol):
+    """What the manager asks of the spec of its layers, :class:`~.spec.SemanticSpec`."""
+
+    block_size: int
+    prefill_interval: int
+    eviction_delay: int
+
+    @property
+    def policy(self) -> KVPolicy: ...
+
+    def budget(self, policy: KVPolicy) -> BlockBudget: ...
+
+    def least_budget_blocks(self, policy: KVPolicy) -> int: ...
+
+    def admission_blocks(self, policy: KVPolicy) -> int | None: ...
 
 
 class SemanticManager(FullAttentionManager):
@@ -45,9 +61,10 @@ class SemanticManager(FullAttentionManager):
     covers finish, abort and preemption.
     """
 
-    def __init__(self, kv_cache_spec: SemanticSpec, **kwargs: Any) -> None:
+    def __init__(self, kv_cache_spec: BoundedSpec, **kwargs: Any) -> None:
         check_block_size(kv_cache_spec.policy, kv_cache_spec.block_size)
         super().__init__(kv_cache_spec, **kwargs)
+        self.bounds = kv_cache_spec
         self.default_policy = kv_cache_spec.policy
         self.prefill_interval = kv_cache_spec.prefill_interval
         self.eviction_delay = kv_cache_spec.eviction_delay
@@ -216,7 +233,7 @@ class SemanticManager(FullAttentionManager):
         vLLM's method takes the cap from an attribute, one for all requests.
         """
         if apply_admission_cap:
-            cap = self.kv_cache_spec.admission_blocks(self.policy_of(request_id))
+            cap = self.bounds.admission_blocks(self.policy_of(request_id))
             self.max_admission_blocks_per_request = cap
         return super().get_num_blocks_to_allocate(
             request_id, *args, apply_admission_cap=apply_admission_cap, **kwargs
