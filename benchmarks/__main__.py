@@ -6,7 +6,19 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from . import capacity, demo, figures, gpu, models, overhead, quality, readme, shapes, variants
+from . import (
+    capacity,
+    demo,
+    figures,
+    gpu,
+    models,
+    overhead,
+    quality,
+    readme,
+    shapes,
+    turns,
+    variants,
+)
 from .context import MODEL, RESULTS
 
 MODELS = "a folder, a name of a hub, or smollm2, which is fetched once; default: the bundled model"
@@ -90,6 +102,18 @@ def main() -> None:
         "--figures", action="store_true", help="put the headline into results/figures.json"
     )
 
+    task = tasks.add_parser("turns", help="facts asked for with a document and in a later turn")
+    asked = turns.Settings(str(MODEL))
+    task.add_argument("--model", type=_model, default=asked.model, help=MODELS)
+    task.add_argument("--policies", type=_names, default=asked.policies)
+    task.add_argument("--budget", type=_numbers, default=asked.budget, help="in tokens")
+    task.add_argument("--num-tokens", type=_numbers, default=asked.num_tokens)
+    for name in ("questions", "layer_groups", "layer_skew_tokens", "seed"):
+        flag = f"--{name.replace('_', '-')}"
+        task.add_argument(flag, type=int, default=getattr(asked, name), help="default: %(default)s")
+    task.add_argument("--dtype", default=asked.dtype)
+    task.add_argument("--out", type=Path, default=RESULTS / "turns.json")
+
     task = tasks.add_parser("variants", help="variants of the semantic rule, without an engine")
     task.add_argument("--model", type=_model, default=str(MODEL), help=MODELS)
     task.add_argument("--family", choices=variants.FAMILIES, default=variants.Settings.family)
@@ -127,6 +151,9 @@ def main() -> None:
         overhead.run(
             args.model, args.batches, args.contexts, args.rounds, args.layer_groups, args.out
         )
+    elif args.task == "turns":
+        names = [field.name for field in dataclasses.fields(turns.Settings)]
+        turns.run(turns.Settings(**{name: getattr(args, name) for name in names}), args.out)
     elif args.task == "quality":
         given = {f.name: getattr(args, f.name) for f in dataclasses.fields(quality.Settings)}
         options = {

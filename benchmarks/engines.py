@@ -35,10 +35,9 @@ class EngineSide:
             kv_policy=policy,
             kv_policy_config=options or None,
             **(forcing_options() if forcing else {}),
-            enable_prefix_caching=False,
             disable_log_stats=True,
             use_tqdm_on_load=False,
-            **kwargs,
+            **{"enable_prefix_caching": False, **kwargs},
         )
         core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = core.scheduler

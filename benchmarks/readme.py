@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import figures
+from . import figures, turns
 from .context import RESULTS, ROOT
 from .statistics import difference, excess_ratio
 
@@ -50,7 +50,12 @@ def run() -> None:
             ("capacity", "capacity", _capacity),
             ("overhead", "overhead", _overhead),
         ],
-        "docs/quality.md": [("quality", "quality", _quality), ("recall", "quality", _recall)],
+        "docs/quality.md": [
+            ("turns", "turns", _turns),
+            ("turns-in-groups", "turns-in-groups", _turns),
+            ("quality", "quality", _quality),
+            ("recall", "quality", _recall),
+        ],
         "docs/research.md": [
             ("rules", "rules", _rules),
             ("variants", "variants", _variants),
@@ -235,6 +240,17 @@ def _recall(report: dict[str, Any]) -> str:
         f"\n\nPrompts of {settings['num_tokens']} tokens read at once, then cut down to "
         f"{settings['budget'][0]}; {settings['questions']} questions a task; 95 % Wilson "
         f"intervals; {settings['model']}."
+    )
+
+
+def _turns(report: dict[str, Any]) -> str:
+    head, rows = turns.columns(report)
+    settings = report["context"]
+    groups = f" in {settings['layer_groups']} groups of layers, skew "
+    groups += str(settings["layer_skew_tokens"])
+    return _table(["tokens, asked", *head], rows) + (
+        f"\n\nRight answers in %, {' / '.join(turns.TASKS)}, {settings['questions']} questions each"
+        f"{groups if settings['layer_groups'] > 1 else ''}; {_where(settings)}."
     )
 
 

@@ -41,6 +41,8 @@ class Question:
     answer_token_ids: list[int]
     chance: float
     """Success rate of a blind guess."""
+    num_question_tokens: int
+    """Of the prompt, at its end: what is asked, after all that is said."""
     num_stated: int
     """Answers of this kind in the prompt: to give any one of them is right once in so many."""
 
@@ -281,7 +283,9 @@ class Lookup:
             num_more = pages.num_tokens - len(head) - len(question) - len(answer)
             prompt = head + filler[width : width + num_more] + question
             depth = places[fact.lines[-1][1]] / (width + num_more)
-            found.append(Question(name, depth, prompt, answer, self.chance, len(facts)))
+            found.append(
+                Question(name, depth, prompt, answer, self.chance, len(question), len(facts))
+            )
         return found
 
 
@@ -307,7 +311,8 @@ def copy(name: str, pages: Pages, depths: list[float], rng: Random) -> list[Ques
         cue, answer = page[start : start + CUE], page[start + CUE : start + CUE + COPIED]
         prompt = [*pages.bos, *page, *intro, *cue]
         chance = float(len(pages.tokenizer)) ** -COPIED
-        found.append(Question(name, start / last, prompt, answer, chance, 1))
+        num_asked = len(intro) + len(cue)
+        found.append(Question(name, start / last, prompt, answer, chance, num_asked, 1))
     return found
 
 
@@ -338,11 +343,24 @@ def questions(
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r}; allowed: {', '.join(TASKS)}")
+    return ask_task(task, TASKS[task], tokenizer, filler, num_tokens, count, seed)
+
+
+def ask_task(
+    name: str,
+    task: Task,
+    tokenizer: Any,
+    filler: list[list[int]],
+    num_tokens: int,
+    count: int,
+    seed: int,
+) -> list[Question]:
+    """The same of a task that is not in ``TASKS``, or is there otherwise."""
     if count < 1:
         raise ValueError(f"count {count}; allowed: 1 and more")
     depths = np.linspace(0, 1, count).tolist() if count > 1 else [0.5]
     pages = Pages(tokenizer, filler, num_tokens)
-    found = TASKS[task](task, pages, depths, np.random.default_rng(seed))
+    found = task(name, pages, depths, np.random.default_rng(seed))
     return sorted(found, key=lambda question: question.depth)
 
 

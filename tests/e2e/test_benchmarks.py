@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks import demo, quality, readme
+from benchmarks import demo, quality, readme, turns
 from benchmarks.context import MODEL
 from benchmarks.engines import engine
 from benchmarks.rows import policy_options
@@ -75,6 +75,23 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = readme.demo_table(json.loads((tmp_path / "demo.json").read_text()))
     assert f"| {report['expected']} |" in table
     assert f"| ~~{streaming['answer']}~~ |" in table
+
+
+def test_turns(tmp_path: Path) -> None:
+    """A question that comes later finds what is left, and that is less."""
+    settings = turns.Settings(
+        str(MODEL), budget=(136,), num_tokens=(480,), questions=8, dtype="float32"
+    )
+    report = turns.run(settings, tmp_path / "turns.json")
+    of_length = report["lengths"]["480"]
+    assert of_length["evicted_blocks"] > 0
+    at_once, later = (of_length["asked"][when] for when in (turns.AT_ONCE, turns.LATER))
+    right = {row: by_task["needles"]["accuracy"] for row, by_task in at_once.items()}
+    assert right["full"] >= right["semantic"] > right["streaming"]
+    assert later["full"]["needles"]["accuracy"] > later["streaming"]["needles"]["accuracy"]
+    head, rows = turns.columns(report)
+    assert len(head) == 2
+    assert [row[0] for row in rows] == ["full", "streaming", "semantic"]
 
 
 def test_quality(tmp_path: Path) -> None:

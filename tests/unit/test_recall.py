@@ -239,7 +239,7 @@ def test_the_wording_is_one_of_training(
 
 
 def test_a_right_answer_is_the_whole_answer() -> None:
-    asked = [Question("kv", depth, [9], [1, 2], 0.1, 8) for depth in (0.0, 0.05, 0.5, 1.0)]
+    asked = [Question("kv", depth, [9], [1, 2], 0.1, 1, 8) for depth in (0.0, 0.05, 0.5, 1.0)]
     score = accuracy(asked, [[1, 2], [1, 3], [1, 2, 7], [2, 1]])
     assert (score["accuracy"], score["count"]) == (0.5, 4)
     assert 0 < score["ci_low"] < 0.5 < score["ci_high"] < 1

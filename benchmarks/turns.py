@@ -1,0 +1,182 @@
+"""Facts far back in a document, asked for with it and in a turn that comes later.
+
+All policies and budgets are served by one engine, each request under its own. A document is read
+once: with prefix caching on, every request about it finds the exact blocks of what comes before its
+first eviction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_semantic.served import REQUEST_KEY
+
+from . import recall, texts
+from .context import RESULTS, context
+from .demo import progress_bar
+from .engines import RemoteEngine, engine
+from .rows import Row, rows_of
+from .shapes import kv_bytes
+
+AT_ONCE, LATER = "with the document", "in a later turn"
+
+TASKS: dict[str, recall.Lookup] = {
+    name: replace(task, num_asked=4)
+    for name, task in recall.TASKS.items()
+    if name in ("kv", "needles") and isinstance(task, recall.Lookup)
+}
+"""Those that ask several questions about one document."""
+
+ROOM = 64
+"""Tokens beyond a document, for a question that comes later and its answer."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked, of what."""
+
+    model: str
+    policies: tuple[str, ...] = ("full", "streaming", "semantic")
+    budget: tuple[int, ...] = (264,)
+    num_tokens: tuple[int, ...] = (2000,)
+    questions: int = 12
+    """Of each task, four a document."""
+    layer_groups: int = 1
+    layer_skew_tokens: int = 0
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+
+def run(settings: Settings, out: Path = RESULTS / "turns.json") -> dict[str, Any]:
+    """Ask everything under every policy; print the table, keep the JSON."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    filler = texts.documents("pg19", settings.model, min(settings.num_tokens))
+    rows = rows_of(settings.policies, ("none",), settings.budget)
+    report: dict[str, Any] = {"context": context(**asdict(settings)), "lengths": {}}
+    console = Console()
+    with progress_bar(console) as progress:
+        total = len(settings.num_tokens) * len(TASKS) * settings.questions
+        bar = progress.add_task("", total=total)
+        for num_tokens in settings.num_tokens:
+            progress.update(bar, description=f"{num_tokens} tokens: starting vLLM")
+            asked = [
+                question
+                for name, task in TASKS.items()
+                for question in recall.ask_task(
+                    name, task, tokenizer, filler, num_tokens, settings.questions, settings.seed
+                )
+            ]
+            asked.sort(key=lambda question: question.prompt_token_ids)  # document by document
+            with _engine(settings, num_tokens) as side:
+                answers: dict[str, dict[str, list[list[int]]]] = {}
+                progress.update(bar, description=f"{num_tokens} tokens: asking")
+                for question in asked:
+                    for when, prompt in _prompts(question, num_tokens, filler[0]):
+                        for title, answer in _answers(side, settings, rows, question, prompt):
+                            answers.setdefault(when, {}).setdefault(title, []).append(answer)
+                    progress.advance(bar)
+                evicted = side.stats()["evicted_blocks"]
+            found = {
+                when: {title: _accuracies(asked, of) for title, of in by_row.items()}
+                for when, by_row in answers.items()
+            }
+            report["lengths"][str(num_tokens)] = {"evicted_blocks": evicted, "asked": found}
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(report, indent=1) + "\n")  # a run may be cut short
+    console.print(_table(report))
+    return report
+
+
+def _engine(settings: Settings, num_tokens: int) -> Any:
+    """One that cuts a document of ``num_tokens`` down when it is read, and not before."""
+    return engine(
+        settings.model,
+        "semantic",
+        {
+            "max_request_tokens": num_tokens + ROOM,
+            "layer_groups": settings.layer_groups,
+            "layer_skew_tokens": settings.layer_skew_tokens,
+        },
+        dtype=settings.dtype,
+        max_model_len=num_tokens + ROOM,
+        max_num_batched_tokens=num_tokens,
+        enable_prefix_caching=True,
+        enforce_eager=True,
+        kv_cache_memory_bytes=kv_bytes(settings.model, 3 * num_tokens + 4096, itemsize=4),
+    )
+
+
+def _prompts(
+    question: recall.Question, num_tokens: int, filler: list[int]
+) -> Iterator[tuple[str, list[int]]]:
+    """The document and the question as one prompt; and with as much filler between them that the
+    document has been read, and cut down, before the first token of the question."""
+    yield AT_ONCE, question.prompt_token_ids
+    cut = len(question.prompt_token_ids) - question.num_question_tokens
+    document, asked = question.prompt_token_ids[:cut], question.prompt_token_ids[cut:]
+    yield LATER, document + filler[1 : 1 + num_tokens - cut] + asked
+
+
+def _answers(
+    side: RemoteEngine,
+    settings: Settings,
+    rows: list[Row],
+    question: recall.Question,
+    prompt: list[int],
+) -> Iterator[tuple[str, list[int]]]:
+    """What each row answers; the first reads the document, the others find its blocks."""
+    num_new = len(question.answer_token_ids)
+    for _, of in groupby(rows, key=lambda row: row is rows[0]):
+        part = list(of)
+        asked = [
+            {REQUEST_KEY: {"name": row.policy.partition(":")[0], **row.options}} for row in part
+        ]
+        answers = side.tokens([prompt] * len(part), num_new, asked)
+        for row, answer in zip(part, answers, strict=True):
+            yield row.title(settings.budget), answer
+
+
+def _accuracies(
+    asked: list[recall.Question], answers: list[list[int]]
+) -> dict[str, dict[str, Any]]:
+    pairs = list(zip(asked, answers, strict=True))
+    return {
+        task: recall.accuracy(
+            [question for question, _ in pairs if question.task == task],
+            [answer for question, answer in pairs if question.task == task],
+        )
+        for task in TASKS
+    }
+
+
+def _table(report: dict[str, Any]) -> Table:
+    table = Table(title=f"{report['context']['model']}: right answers, {' / '.join(TASKS)}")
+    table.add_column("KV policy")
+    head, rows = columns(report)
+    for name in head:
+        table.add_column(name, justify="right")
+    for cells in rows:
+        table.add_row(*cells)
+    return table
+
+
+def columns(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A column for each length and turn, a row for each policy, right answers of each task in %."""
+    head, cells = [], {}
+    for num_tokens, of_length in report["lengths"].items():
+        for when, by_row in of_length["asked"].items():
+            head.append(f"{num_tokens}, {when}")
+            for title, by_task in by_row.items():
+                shares = (f"{100 * of['accuracy']:.0f}" for of in by_task.values())
+                cells.setdefault(title, [title]).append(" / ".join(shares))
+    return head, list(cells.values())
