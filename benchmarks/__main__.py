@@ -48,6 +48,12 @@ def main() -> None:
     task.add_argument("--num-tokens", type=int, default=demo.Settings.num_tokens)
     task.add_argument("--num-prompt", type=int, default=demo.Settings.num_prompt)
     task.add_argument("--num-documents", type=int, default=demo.Settings.num_documents)
+    task.add_argument(
+        "--real-tokens",
+        type=int,
+        default=demo.Settings.real_tokens,
+        help="of the document that SmolLM2 is asked about; 0: not at all. default: %(default)s",
+    )
     task.add_argument("--out", type=Path, default=RESULTS / "demo.json")
 
     task = tasks.add_parser("figures", help="stock vLLM against the policy, with ratios")
@@ -140,7 +146,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.task == "demo":
         demo.run(
-            demo.Settings(args.model, args.num_tokens, args.num_prompt, args.num_documents),
+            demo.Settings(
+                args.model, args.num_tokens, args.num_prompt, args.num_documents, args.real_tokens
+            ),
             args.out,
         )
     elif args.task == "figures":

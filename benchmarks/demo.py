@@ -1,4 +1,8 @@
-"""The main job in one table: four ways to hold the same texts in memory, and what each answers."""
+"""The main job in one table: four ways to hold the same texts in memory, and what each answers.
+
+The table is of the bundled model. A second one has what a real model, fetched once, answers about a
+document that says four things in different places.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import recall, statistics, texts
+from . import models, recall, statistics, texts, turns
 from .context import MODEL, RESULTS, context
 from .engines import engine
+from .progress import progress_bar
+from .rows import rows_of
 from .shapes import kv_bytes
 
 NF4 = {"quantization": "bitsandbytes"}
@@ -43,26 +48,19 @@ class Settings:
     model: str = str(MODEL)
     num_tokens: int = 2000
     num_prompt: int = 500
-    num_documents: int = 4
+    num_documents: int = 2
+    real_tokens: int = 1500
+    """Of the document that the real model is asked about; 0: it is not."""
 
 
 NEXT = """\
 What to try next, in this environment (source .venv/bin/activate):
   vllm serve MODEL --kv-policy semantic
   python -m vllm_semantic doctor MODEL --kv-policy semantic     what would run, before it does
-  python -m benchmarks demo --model smollm2 --num-tokens 1000 --num-documents 1
-      the same on SmolLM2-135M, which is fetched once (93 MB)"""
+  python -m benchmarks quality --model MODEL                    what a model of yours loses"""
 
-
-def progress_bar(console: Console) -> Progress:
-    """A bar that says what is under way, how far and since when."""
-    return Progress(
-        TextColumn("[progress.description]{task.description:<34}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
+REAL_POLICIES = ("full", "streaming", "semantic")
+REAL_BUDGET = 264
 
 
 def run(settings: Settings, out: Path | None = RESULTS / "demo.json") -> dict[str, Any]:
@@ -124,11 +122,78 @@ def run(settings: Settings, out: Path | None = RESULTS / "demo.json") -> dict[st
     }
     console.print(_table(report))
     console.print(_answers(report))
+    if settings.real_tokens and (real := ask_real_model(settings.real_tokens, console)):
+        report["real"] = real
+        console.print(_real_answers(real))
     console.print(NEXT, highlight=False, soft_wrap=True)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def ask_real_model(num_tokens: int, console: Console) -> dict[str, Any] | None:
+    """What SmolLM2 answers about a document that it has just read, under each policy.
+
+    Returns:
+        ``None``, and a word to the console, where the model cannot be had.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        model = models.path_of(models.SMOLLM2)
+    except models.UnavailableModelError as error:
+        console.print(f"No answers of a real model: {error}")
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    filler = texts.documents("pg19", model, num_tokens)
+    needles = turns.TASKS["needles"]
+    asked = recall.ask_task("needles", needles, tokenizer, filler, num_tokens, 4, seed=0)
+    answers: dict[str, list[str]] = {}
+    with progress_bar(console) as progress:
+        bar = progress.add_task("", total=2 * len(asked))
+        for kwargs, policies in (({}, REAL_POLICIES), (NF4, ("full", "semantic"))):
+            (quantization,) = kwargs.values() or ("none",)
+            rows = rows_of(policies, (quantization,), (REAL_BUDGET,))
+            progress.update(bar, description=f"{models.CHECKPOINT}: starting vLLM")
+            with turns.reader(model, num_tokens, dtype=_fast_dtype(quantization), **kwargs) as side:
+                progress.update(bar, description=f"{models.CHECKPOINT}: asking")
+                for question in asked:
+                    for row, answer in turns.ask(side, rows, question, question.prompt_token_ids):
+                        said = tokenizer.decode(answer).strip()
+                        answers.setdefault(row.title((REAL_BUDGET,)), []).append(said)
+                    progress.advance(bar)
+    return {
+        "model": models.CHECKPOINT,
+        "num_tokens": num_tokens,
+        "questions": [
+            tokenizer.decode(q.prompt_token_ids[-q.num_question_tokens :]).strip() for q in asked
+        ],
+        "depths": [question.depth for question in asked],
+        "expected": [tokenizer.decode(question.answer_token_ids).strip() for question in asked],
+        "answers": answers,
+    }
+
+
+def _fast_dtype(quantization: str) -> str:
+    """Many CPUs compute bfloat16 several times slower than float32; NF4 has no float32."""
+    import torch
+
+    return "bfloat16" if torch.cuda.is_available() or quantization != "none" else "float32"
+
+
+def _real_answers(real: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"{real['model']} on four facts in {real['num_tokens']} tokens, held in "
+        f"{REAL_BUDGET}: {', '.join(real['expected'])}"
+    )
+    table.add_column("KV policy")
+    for question, depth in zip(real["questions"], real["depths"], strict=True):
+        table.add_column(f"{question} ({depth:.0%} in)", justify="right")
+    for row, answers in real["answers"].items():
+        right = zip(answers, real["expected"], strict=True)
+        table.add_row(row, *(said if said == told else f"[red]{said}[/]" for said, told in right))
+    return table
 
 
 def _question(settings: Settings, tokenizer: Any, documents: list[list[int]]) -> recall.Question:

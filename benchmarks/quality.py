@@ -24,9 +24,9 @@ from vllm_semantic.policies.oracle import FUTURE_ATTENTION
 
 from . import recall, tables, texts
 from .context import RESULTS, context
-from .demo import progress_bar
 from .engines import RemoteEngine, engine
 from .models import CHECKPOINT
+from .progress import progress_bar
 from .rows import Row, rows_of
 from .shapes import kv_bytes
 from .statistics import by_distance, difference, excess_ratio, paired_difference, perplexity

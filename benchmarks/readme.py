@@ -44,13 +44,19 @@ OVERHEAD_BATCH = 32
 def run() -> None:
     """Replace what stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``."""
     tables: dict[str, list[tuple[str, str, Callable[[dict[str, Any]], str]]]] = {
-        "README.md": [("demo", "demo", demo_table), ("real", "real", _rules)],
+        "README.md": [
+            ("demo", "demo", demo_table),
+            ("answers", "demo", answers_table),
+            ("real", "real", _rules),
+        ],
         "docs/speed.md": [
             ("figures", "figures", _figures),
             ("capacity", "capacity", _capacity),
             ("overhead", "overhead", _overhead),
         ],
         "docs/quality.md": [
+            ("real-few-groups", "real-few-groups", _rules),
+            ("real-4k", "real-4k", _rules),
             ("turns", "turns", _turns),
             ("turns-in-groups", "turns-in-groups", _turns),
             ("quality", "quality", _quality),
@@ -130,6 +136,28 @@ def demo_table(report: dict[str, Any]) -> str:
         f"teacher-forced token by token after {settings['num_prompt']}; answer: to "
         f'"{report["question"]}" at the end of such a text, which says it ({report["expected"]}) a '
         f"third of the way in; {_where(settings)}."
+    )
+
+
+def answers_table(report: dict[str, Any]) -> str:
+    """What the real model answers; a wrong answer is struck out."""
+    real = report["real"]
+    head = ["KV policy"]
+    for question, depth in zip(real["questions"], real["depths"], strict=True):
+        head.append(f'"{question}" ({depth:.0%} in)')
+    rows = [
+        [
+            row,
+            *(
+                said if said == told else f"~~{said}~~"
+                for said, told in zip(answers, real["expected"], strict=True)
+            ),
+        ]
+        for row, answers in real["answers"].items()
+    ]
+    return _table(head, rows) + (
+        f"\n\nAt the end of {real['num_tokens']} tokens of a book that says each somewhere; "
+        f"{real['model']}."
     )
 
 

@@ -8,7 +8,8 @@ first eviction.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -17,12 +18,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vllm_semantic.layer_groups import LAYER_GROUPS, LAYER_SKEW
 from vllm_semantic.served import REQUEST_KEY
 
 from . import recall, texts
 from .context import RESULTS, context
-from .demo import progress_bar
 from .engines import RemoteEngine, engine
+from .progress import progress_bar
 from .rows import Row, rows_of
 from .shapes import kv_bytes
 
@@ -77,12 +79,14 @@ def run(settings: Settings, out: Path = RESULTS / "turns.json") -> dict[str, Any
                 )
             ]
             asked.sort(key=lambda question: question.prompt_token_ids)  # document by document
-            with _engine(settings, num_tokens) as side:
+            groups = {LAYER_GROUPS: settings.layer_groups, LAYER_SKEW: settings.layer_skew_tokens}
+            with reader(settings.model, num_tokens, groups, dtype=settings.dtype) as side:
                 answers: dict[str, dict[str, list[list[int]]]] = {}
                 progress.update(bar, description=f"{num_tokens} tokens: asking")
                 for question in asked:
                     for when, prompt in _prompts(question, num_tokens, filler[0]):
-                        for title, answer in _answers(side, settings, rows, question, prompt):
+                        for row, answer in ask(side, rows, question, prompt):
+                            title = row.title(settings.budget)
                             answers.setdefault(when, {}).setdefault(title, []).append(answer)
                     progress.advance(bar)
                 evicted = side.stats()["evicted_blocks"]
@@ -97,22 +101,21 @@ def run(settings: Settings, out: Path = RESULTS / "turns.json") -> dict[str, Any
     return report
 
 
-def _engine(settings: Settings, num_tokens: int) -> Any:
-    """One that cuts a document of ``num_tokens`` down when it is read, and not before."""
+def reader(
+    model: str, num_tokens: int, options: Mapping[str, int] | None = None, **kwargs: Any
+) -> AbstractContextManager[RemoteEngine]:
+    """An engine that cuts a document of ``num_tokens`` down when it is read, and not before; its
+    requests may have any policy."""
     return engine(
-        settings.model,
+        model,
         "semantic",
-        {
-            "max_request_tokens": num_tokens + ROOM,
-            "layer_groups": settings.layer_groups,
-            "layer_skew_tokens": settings.layer_skew_tokens,
-        },
-        dtype=settings.dtype,
+        {"max_request_tokens": num_tokens + ROOM, **(options or {})},
         max_model_len=num_tokens + ROOM,
         max_num_batched_tokens=num_tokens,
         enable_prefix_caching=True,
         enforce_eager=True,
-        kv_cache_memory_bytes=kv_bytes(settings.model, 3 * num_tokens + 4096, itemsize=4),
+        kv_cache_memory_bytes=kv_bytes(model, 3 * num_tokens + 4096, itemsize=4),
+        **kwargs,
     )
 
 
@@ -127,13 +130,9 @@ def _prompts(
     yield LATER, document + filler[1 : 1 + num_tokens - cut] + asked
 
 
-def _answers(
-    side: RemoteEngine,
-    settings: Settings,
-    rows: list[Row],
-    question: recall.Question,
-    prompt: list[int],
-) -> Iterator[tuple[str, list[int]]]:
+def ask(
+    side: RemoteEngine, rows: list[Row], question: recall.Question, prompt: list[int]
+) -> Iterator[tuple[Row, list[int]]]:
     """What each row answers; the first reads the document, the others find its blocks."""
     num_new = len(question.answer_token_ids)
     for _, of in groupby(rows, key=lambda row: row is rows[0]):
@@ -142,8 +141,7 @@ def _answers(
             {REQUEST_KEY: {"name": row.policy.partition(":")[0], **row.options}} for row in part
         ]
         answers = side.tokens([prompt] * len(part), num_new, asked)
-        for row, answer in zip(part, answers, strict=True):
-            yield row.title(settings.budget), answer
+        yield from zip(part, answers, strict=True)
 
 
 def _accuracies(

@@ -18,8 +18,8 @@ from vllm_semantic.policies.base import BlockBudget
 
 from . import texts
 from .context import RESULTS, context
-from .demo import progress_bar
 from .paged_decoder import BLOCK_SIZE, PagedDecoder, Rule, State, tokens_of
+from .progress import progress_bar
 from .statistics import paired_difference
 
 BUDGET = 264

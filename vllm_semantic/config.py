@@ -157,5 +157,5 @@ def describe(policy: KVPolicy, block_size: int) -> str:
 
 
 def capacity(num_blocks: int, blocks_per_request: int) -> int:
-    """Requests of ``blocks_per_request`` blocks that a pool of ``num_blocks`` holds."""
+    """How many requests of ``blocks_per_request`` blocks a pool of ``num_blocks`` holds."""
     return math.floor(max(num_blocks, 0) / blocks_per_request)

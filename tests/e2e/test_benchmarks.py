@@ -66,7 +66,7 @@ def test_forced_text_and_memory(llama: str) -> None:
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fact that age drops and similarity keeps; the README's table says what was answered."""
     monkeypatch.setattr(demo, "ROWS", demo.ROWS[1:3])
-    settings = demo.Settings(num_tokens=600, num_prompt=300, num_documents=1)
+    settings = demo.Settings(num_tokens=600, num_prompt=300, num_documents=1, real_tokens=0)
     report = demo.run(settings, tmp_path / "demo.json")
     streaming, semantic = report["rows"]
     assert all(row["evicted_blocks"] > 0 for row in report["rows"])

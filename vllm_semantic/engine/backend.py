@@ -32,7 +32,7 @@ none."""
 
 
 class StepBuffers:
-    """What a builder hands to the kernels: always at the same addresses.
+    """The block table and lengths without evicted blocks, at addresses that never change.
 
     A full CUDA graph reads what its capture saw, so whatever changes from step to step is
     written here.
@@ -80,7 +80,7 @@ class StepBuffers:
 
 
 class CompactingBuilder:
-    """Mixin before an ``AttentionMetadataBuilder``: builds from the compacted table."""
+    """Mixin before an ``AttentionMetadataBuilder``: a block table without evicted blocks."""
 
     # Sharing metadata between groups would skip `build`, and with it the compaction.
     supports_update_block_table = False
@@ -231,7 +231,7 @@ def wrap_backend(name: str) -> type[AttentionBackend]:
 
 
 def is_wrapped(backend: type[AttentionBackend]) -> bool:
-    """Whether a backend is one of ours, and not what a model made of it."""
+    """Whether a backend is what :func:`wrap_backend` made, and no class that a model derived."""
     name = backend.__name__
     return name in WRAPPED_BACKENDS and backend is wrap_backend(name)
 

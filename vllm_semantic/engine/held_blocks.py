@@ -11,7 +11,7 @@ from ..messages import BlockIndices
 
 
 class HeldRows(NamedTuple):
-    """What the rows of a batch hold."""
+    """The block table entries that each row of a batch still has."""
 
     columns: np.ndarray
     """``[num_reqs, num_columns]`` int32, ascending: which entries of its own table make up each
@@ -57,7 +57,7 @@ class HeldBlocks:
         return bool(self._rows)
 
     def evict(self, request_id: str, block_indices: BlockIndices) -> None:
-        """A request loses blocks.
+        """Note that a request has lost blocks.
 
         Args:
             request_id: a running request.
@@ -86,7 +86,7 @@ class HeldBlocks:
                 self._free.append(row)
 
     def rows(self, request_ids: Sequence[str], seq_lens: np.ndarray) -> HeldRows | None:
-        """What a batch holds.
+        """The block table entries that the requests of a batch still have.
 
         Args:
             request_ids: the batch's requests, row by row.

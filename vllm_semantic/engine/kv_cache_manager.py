@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class SemanticKVCacheManager(KVCacheManager):
-    """Answers at once where a step changes none of a request's blocks.
+    """Skips vLLM's allocation in the steps that change none of a request's blocks.
 
     A decoding request needs a block, fills one, or reaches an eviction point once per block. In
     every other step vLLM's ``allocate_slots`` asks each manager what is to be freed, allocated and
@@ -54,7 +54,7 @@ class SemanticKVCacheManager(KVCacheManager):
             super().cache_blocks(request, num_computed_tokens)
 
     def forget(self, request_id: str) -> None:
-        """A request's blocks are freed, or its prompt has changed."""
+        """Drop what is remembered of a request: its blocks are freed, or its prompt has changed."""
         self.unchanged_until.pop(request_id, None)
 
     def free(self, request: Request) -> None:

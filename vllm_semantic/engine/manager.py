@@ -181,7 +181,7 @@ class SemanticManager(FullAttentionManager):
         return evictions
 
     def forget_points(self, request_id: str) -> None:
-        """Look the request's next eviction point up anew: it starts over, or its prompt grew."""
+        """Drop the remembered eviction point of a request: it starts over, or its prompt grew."""
         self.quiet_until.pop(request_id, None)
         self._points.pop(request_id, None)
 
@@ -190,7 +190,7 @@ class SemanticManager(FullAttentionManager):
         return sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
 
     def filled_until(self, request: Request) -> int:
-        """The computed tokens up to which no step gives the request a block or shares one.
+        """The number of computed tokens up to which a request needs no block and shares none.
 
         Args:
             request: has just been given blocks for a step; the tokens of that step are not
@@ -211,7 +211,7 @@ class SemanticManager(FullAttentionManager):
         return until
 
     def evicts_from(self, request: Request) -> float:
-        """The computed tokens at which the next step begins that evicts, the same in all groups.
+        """The number of computed tokens at which the next evicting step begins, as in all groups.
 
         Args:
             request: as for :meth:`filled_until`.

@@ -44,7 +44,7 @@ class QueryWindows:
         query_starts: np.ndarray,
         seq_lens: np.ndarray,
     ) -> np.ndarray:
-        """Where a step's queries go.
+        """Find the row of the buffers for each query of a step that is to be kept.
 
         Args:
             wanted: requests whose queries will be looked at.
@@ -75,7 +75,7 @@ class QueryWindows:
         return self._rows(request_id, num_tokens, min(num_queries, num_tokens))
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """Give up the rings of requests that are gone or were preempted."""
+        """Free the rings of requests that are gone or were preempted."""
         for request_id in request_ids:
             if request_id in self._rings:
                 self._free.append(self._rings.pop(request_id))

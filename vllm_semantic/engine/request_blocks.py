@@ -57,7 +57,7 @@ class RequestBlocks:
         point: int,
         extra_args: Mapping[str, Any],
     ) -> Sequence[float]:
-        """What each block that may go is worth at an eviction point, as the policy has it.
+        """Score each candidate for eviction at an eviction point, as the policy says.
 
         Raises:
             LookupError: the workers sent no scores.

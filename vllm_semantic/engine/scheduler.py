@@ -40,7 +40,7 @@ logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, or INFO is 
 
 
 class KVPolicyMixin(Scheduler):
-    """What both of vLLM's schedulers need; put before one of them."""
+    """A scheduler under a policy: a mixin to put before either of vLLM's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

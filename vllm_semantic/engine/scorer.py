@@ -34,7 +34,7 @@ MAX_LOGITS = 1 << 24
 
 @dataclass(frozen=True)
 class ScoredLayers:
-    """Layers that are scored in one go."""
+    """Attention layers of one shape that are scored together."""
 
     cache: CachedKV
     queries: torch.Tensor  # [num_layers, num_rows, num_heads, head_size], see QueryWindows
@@ -70,7 +70,7 @@ def has_kernel(policy: KVPolicy) -> bool:
 
 
 class PendingScores:
-    """Scores on their way to the host.
+    """The scores of one step while they are copied from the device to the host.
 
     Args:
         asked: by KV cache group and request.

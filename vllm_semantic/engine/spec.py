@@ -48,7 +48,7 @@ class SemanticSpec(FullAttentionSpec):
 
     @property
     def policy(self) -> KVPolicy:
-        """What a request is under that asked for nothing else."""
+        """The policy of a request that asks for none."""
         return self.served.default
 
     @property

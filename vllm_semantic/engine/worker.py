@@ -66,7 +66,7 @@ class ScoredAsyncOutput(AsyncModelRunnerOutput):
 
 
 class KVPolicyWorkerMixin(Worker):
-    """What the workers of every platform need; put before one of them."""
+    """A worker under a policy: a mixin to put before that of any platform."""
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the model with wrapped attention backends; vLLM chooses which.

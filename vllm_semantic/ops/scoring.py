@@ -12,7 +12,7 @@ Heads = Literal["mean", "max"]
 
 
 def over_heads(scores: torch.Tensor, dim: int, heads: Heads) -> torch.Tensor:
-    """Scores by head to scores of blocks; dimension ``dim`` goes."""
+    """Reduce the scores of heads, in dimension ``dim``, to one score of each block."""
     return scores.amax(dim) if heads == "max" else scores.mean(dim)
 
 

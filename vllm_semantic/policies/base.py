@@ -35,7 +35,7 @@ class BlockBudget:
         return self.sink + self.recent + self.selected
 
     def shifted(self, blocks: int) -> BlockBudget:
-        """With as many selected blocks more; what is not there is not moved, either way."""
+        """With so many selected blocks more, or fewer below 0: at most as many as there are."""
         moved = max(-self.selected, min(blocks, self.selected))
         return dataclasses.replace(self, selected=self.selected + moved) if moved else self
 

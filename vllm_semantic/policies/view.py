@@ -94,7 +94,7 @@ class BlockView:
 
     @property
     def full(self) -> BlockView:
-        """The same without the block being filled."""
+        """This view without the block that is still being filled."""
         kept = slice(self.num_full_blocks)
         return BlockView(
             self.queries,
