@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .config import POLICY_FLAG, WRAPPED_BACKENDS
-from .hooks import SUPPORTED_VLLM
+from .hooks import ALLOW_UNTESTED, SUPPORTED_VLLM, backend_member
 from .served import CONFIG_KEY, ServedPolicies, has_policy
 
 PLUGINS_GROUP = "vllm.general_plugins"
@@ -77,8 +77,8 @@ def versions() -> Iterator[Finding]:
     import vllm
 
     supported = vllm.__version__.startswith(f"{SUPPORTED_VLLM}.")
-    note = "" if supported else f" (the plugin supports {SUPPORTED_VLLM}.*)"
-    yield Finding("vllm", f"{vllm.__version__}{note}", supported)
+    note = f" (the plugin supports {SUPPORTED_VLLM}.*; {ALLOW_UNTESTED}=1 tries it)"
+    yield Finding("vllm", f"{vllm.__version__}{'' if supported else note}", supported)
     yield Finding("torch", torch.__version__)
     for distribution in OPTIONAL:
         try:
@@ -145,7 +145,7 @@ def backends() -> Iterator[Finding]:
     wrapped = 0
     for name in WRAPPED_BACKENDS:
         try:
-            check_backend(name)
+            check_backend(backend_member(name))
         except ImportError as error:
             yield Finding(name, f"not here: {str(error).splitlines()[0]}")
         except TypeError as error:

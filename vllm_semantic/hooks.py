@@ -10,6 +10,7 @@ import argparse
 import copy
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
 SUPPORTED_VLLM = "0.32"
+
+ALLOW_UNTESTED = "VLLM_SEMANTIC_ALLOW_UNTESTED"
+"""An environment variable: 1 lets a policy run on another vLLM."""
 
 SCHEDULERS = {
     False: "vllm_semantic.engine.scheduler.SemanticScheduler",
@@ -175,17 +179,33 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def check_vllm_version() -> None:
-    """Refuse a vLLM whose internals the plugin was not written for.
+    """Refuse a vLLM whose internals the plugin was not written for, or warn of it.
 
     Raises:
-        ValueError: vLLM is not of the supported minor version.
+        ValueError: vLLM is not of the supported minor version, and :data:`ALLOW_UNTESTED` is not
+            set to 1.
     """
     from vllm import __version__
+    from vllm.logger import init_logger
 
-    if not __version__.startswith(f"{SUPPORTED_VLLM}."):
+    if __version__.startswith(f"{SUPPORTED_VLLM}."):
+        return
+    if os.environ.get(ALLOW_UNTESTED) != "1":
         raise ValueError(
-            f"{POLICY_FLAG} does not support vLLM {__version__}; allowed: {SUPPORTED_VLLM}.*"
+            f"{POLICY_FLAG} does not support vLLM {__version__}; allowed: {SUPPORTED_VLLM}.*, "
+            f"or {ALLOW_UNTESTED}=1 to try it untested"
         )
+    from .upstream import signatures
+
+    changed = [f"{name} {problem}" for name, problem in signatures() if problem is not None]
+    init_logger(f"vllm.{__name__}").warning(
+        "%s has not been tested with vLLM %s, only with %s.*; of vLLM's methods that it stands on, "
+        "these have changed: %s",
+        POLICY_FLAG,
+        __version__,
+        SUPPORTED_VLLM,
+        "; ".join(changed) or "none",
+    )
 
 
 def unsupported_features(vllm_config: VllmConfig) -> list[str]:
@@ -636,6 +656,13 @@ def wants_xformers(engine_args: Any) -> bool:
     """Whether ``--attention-backend XFORMERS`` was given; vLLM still holds it as a string."""
     backend = engine_args.attention_backend or engine_args.attention_config.backend
     return str(getattr(backend, "name", backend)).upper() == "XFORMERS"
+
+
+def backend_member(name: str) -> AttentionBackendEnum:
+    """One of :data:`~.config.WRAPPED_BACKENDS`, as vLLM names it."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return xformers_member() if name == "XFORMERS" else AttentionBackendEnum[name]
 
 
 def xformers_member() -> AttentionBackendEnum:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from pkgutil import resolve_name
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 OVERRIDDEN = (
     (
@@ -120,12 +123,8 @@ CALLED = {
         "block_hashes",
         "max_cache_hit_length",
     ),
-    "vllm.v1.core.kv_cache_utils.get_kv_cache_groups": ("vllm_config", "kv_cache_spec"),
-    "vllm.v1.core.kv_cache_utils._max_memory_usage_bytes_from_groups": (
-        "vllm_config",
-        "kv_cache_groups",
-    ),
-    "vllm.v1.core.kv_cache_utils._pool_bytes_per_block": ("vllm_config", "kv_cache_groups"),
+    "vllm_semantic.engine.planning.get_kv_cache_groups": ("vllm_config", "kv_cache_spec"),
+    "vllm_semantic.engine.planning._pool_bytes_per_block": ("vllm_config", "kv_cache_groups"),
     "vllm.v1.kv_cache_interface.replace_as": ("spec", "target_cls"),
     "vllm.v1.kv_cache_spec_registry.register_kv_cache_spec": (
         "manager_class",
@@ -173,7 +172,7 @@ def overrides(ours: type, base: type) -> Iterator[tuple[str, str | None]]:
             yield name, "is gone"
 
 
-def check_backend(name: str) -> None:
+def check_backend(member: AttentionBackendEnum) -> None:
     """Whether an attention backend can be wrapped as the plugin does it.
 
     Raises:
@@ -181,12 +180,9 @@ def check_backend(name: str) -> None:
         TypeError: vLLM passes its implementation or its builder something else.
     """
     from vllm.v1.attention.backend import AttentionMetadataBuilder
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     from .engine.backend import CapturingImpl
-    from .hooks import xformers_member
 
-    member = xformers_member() if name == "XFORMERS" else AttentionBackendEnum[name]
     try:
         backend = member.get_class()
         forward, builder = backend.get_impl_cls().forward, backend.get_builder_cls()
@@ -194,9 +190,9 @@ def check_backend(name: str) -> None:
         raise ImportError(f"{type(error).__name__}: {error}") from error
     passed = parameters(CapturingImpl.forward)[:-2]
     if parameters(forward)[: len(passed)] != passed:
-        raise TypeError(f"{name}: forward takes {', '.join(parameters(forward))}")
+        raise TypeError(f"{member.name}: forward takes {', '.join(parameters(forward))}")
     if not issubclass(builder, AttentionMetadataBuilder):
-        raise TypeError(f"{name}: {builder.__name__} is no AttentionMetadataBuilder")
+        raise TypeError(f"{member.name}: {builder.__name__} is no AttentionMetadataBuilder")
 
 
 def _difference(ours: Callable[..., Any], upstream: Callable[..., Any]) -> str | None:

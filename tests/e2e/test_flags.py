@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from vllm_semantic import upstream
 from vllm_semantic.engine.runner import access
 from vllm_semantic.hooks import SCHEDULERS, WORKERS, XFORMERS_BACKEND
 
@@ -168,6 +170,23 @@ def test_an_unknown_runner_is_refused() -> None:
 
 def test_another_vllm_is_refused(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.__version__", "0.31.2")
-    with pytest.raises(ValueError, match=r"does not support vLLM 0.31.2; allowed: 0.32.\*"):
+    with pytest.raises(
+        ValueError, match=r"does not support vLLM 0.31.2; allowed: 0.32.\*, or VLLM"
+    ):
         configure(llama, "--kv-policy", "semantic")
     configure(llama)  # without a policy it is not ours to say
+
+
+def test_another_vllm_is_tried_where_that_is_asked_for(
+    llama: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vllm.__version__", "0.31.2")
+    monkeypatch.setenv("VLLM_SEMANTIC_ALLOW_UNTESTED", "1")
+    gone = "vllm.v1.kv_cache_interface.no_such_function"
+    monkeypatch.setitem(upstream.CALLED, gone, ())
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    config = configure(llama, "--kv-policy", "semantic")
+    assert config.parallel_config.worker_cls in WORKERS.values()
+    (warning,) = {r.getMessage() for r in caplog.records if "not been tested" in r.getMessage()}
+    assert "vLLM 0.31.2, only with 0.32.*" in warning
+    assert warning.endswith(f"{gone} is gone")

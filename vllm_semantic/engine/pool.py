@@ -6,13 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.kv_cache_utils import (
-    _max_memory_usage_bytes_from_groups,
-    _pool_bytes_per_block,
-    get_kv_cache_groups,
-)
 
 from ..config import CONFIG_FLAG
+from .planning import _pool_bytes_per_block, get_kv_cache_groups, request_blocks
 from .spec import SemanticSpec
 
 if TYPE_CHECKING:
@@ -48,7 +44,7 @@ def explain_shortage(
     if num_blocks is None:
         num_blocks = available_bytes // block_bytes
     room = num_blocks - 1  # the null block
-    needed = cdiv(_max_memory_usage_bytes_from_groups(vllm_config, groups), block_bytes)
+    needed = request_blocks(vllm_config, groups)
     if needed <= room:
         return None
     scheduler = vllm_config.scheduler_config

@@ -220,9 +220,16 @@ class KVPolicyMixin(Scheduler):
             request, num_computed_tokens, num_new_tokens
         )
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        """Look a prefix up, but leave the queries of the first eviction to be computed."""
-        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
+        """Look a prefix up, but leave the queries of the first eviction to be computed.
+
+        Since 0.33 vLLM has a limit of its own, which is within what is found here.
+        """
+        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(
+            request, *args, **kwargs
+        )
         limit = self._points_manager.max_prefix_hit_tokens(request)
         if limit is not None and max(num_tokens, boundary) > limit:
             # Not cut short: a layer with a window holds the end of one hit, not of another.
