@@ -24,6 +24,22 @@ from .context import MODEL, RESULTS
 MODELS = "a folder, a name of a hub, or smollm2, which is fetched once; default: the bundled model"
 
 
+HELP = {
+    "demo": "perplexity, speed, memory and answers under each policy; 4 minutes",
+    "figures": "throughput, decode step and host time against stock vLLM; 40 minutes",
+    "capacity": "requests and tokens a second on a given KV memory; 6 minutes",
+    "overhead": "what the policy adds to a step on the host, without a model; 1 minute",
+    "quality": "perplexity and recall under each policy, with intervals and plots; a row takes 1 "
+    "minute on the bundled model, 15 on SmolLM2",
+    "turns": "facts asked for with a document and in a later turn; 15 minutes a length on SmolLM2",
+    "variants": "variants of the semantic rule, without an engine; 1 minute a row",
+    "gpu": "correctness and speed on one GPU, random weights; 6 minutes",
+    "models": "fetch and convert the model that --model smollm2 names; 1 minute",
+    "readme": "write the tables of README.md and docs/ from benchmarks/results; seconds",
+}
+"""What each task is for, and how long it takes on two cores."""
+
+
 def _names(value: str) -> tuple[str, ...]:
     return tuple(name for name in value.split(",") if name)
 
@@ -40,10 +56,14 @@ def _model(value: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measures of the KV policies; each writes a JSON with its context to "
+        "benchmarks/results, or where --out says. TASK --help has the options.",
+    )
     tasks = parser.add_subparsers(dest="task", required=True)
 
-    task = tasks.add_parser("demo", help="perplexity, speed and memory under each policy")
+    task = tasks.add_parser("demo", help=HELP["demo"])
     task.add_argument("--model", type=_model, default=str(MODEL), help=MODELS)
     task.add_argument("--num-tokens", type=int, default=demo.Settings.num_tokens)
     task.add_argument("--num-prompt", type=int, default=demo.Settings.num_prompt)
@@ -56,20 +76,20 @@ def main() -> None:
     )
     task.add_argument("--out", type=Path, default=RESULTS / "demo.json")
 
-    task = tasks.add_parser("figures", help="stock vLLM against the policy, with ratios")
+    task = tasks.add_parser("figures", help=HELP["figures"])
     task.add_argument("--model", type=_model, default=str(MODEL), help=MODELS)
     task.add_argument("--rounds", type=int, default=4)
     task.add_argument("--out", type=Path, default=RESULTS / "figures.json")
     task.add_argument("--only", action="append", help="measure this task alone; repeatable")
 
-    task = tasks.add_parser("capacity", help="requests and tokens a second on a given KV memory")
+    task = tasks.add_parser("capacity", help=HELP["capacity"])
     task.add_argument("--model", type=_model, default=str(MODEL), help=MODELS)
     task.add_argument("--contexts", type=_numbers, default=capacity.CONTEXTS)
     task.add_argument("--rounds", type=int, default=3)
     task.add_argument("--max-prompt-tokens", type=int, default=1 << 17)
     task.add_argument("--out", type=Path, default=RESULTS / "capacity.json")
 
-    task = tasks.add_parser("overhead", help="a step on the host by batch size and context")
+    task = tasks.add_parser("overhead", help=HELP["overhead"])
     task.add_argument("--model", type=_model, default=str(MODEL), help=MODELS)
     task.add_argument("--batches", type=_numbers, default=overhead.BATCHES)
     task.add_argument("--contexts", type=_numbers, default=overhead.CONTEXTS)
@@ -77,7 +97,7 @@ def main() -> None:
     task.add_argument("--rounds", type=int, default=9)
     task.add_argument("--out", type=Path, default=RESULTS / "overhead.json")
 
-    task = tasks.add_parser("quality", help="perplexity under each policy, with intervals")
+    task = tasks.add_parser("quality", help=HELP["quality"])
     default = quality.Settings(str(MODEL))
     task.add_argument("--model", type=_model, default=default.model, help=MODELS)
     for name, of in (("policies", _names), ("quantization", _names), ("tasks", _names)):
@@ -108,7 +128,7 @@ def main() -> None:
         "--figures", action="store_true", help="put the headline into results/figures.json"
     )
 
-    task = tasks.add_parser("turns", help="facts asked for with a document and in a later turn")
+    task = tasks.add_parser("turns", help=HELP["turns"])
     asked = turns.Settings(str(MODEL))
     task.add_argument("--model", type=_model, default=asked.model, help=MODELS)
     task.add_argument("--policies", type=_names, default=asked.policies)
@@ -120,7 +140,7 @@ def main() -> None:
     task.add_argument("--dtype", default=asked.dtype)
     task.add_argument("--out", type=Path, default=RESULTS / "turns.json")
 
-    task = tasks.add_parser("variants", help="variants of the semantic rule, without an engine")
+    task = tasks.add_parser("variants", help=HELP["variants"])
     task.add_argument("--model", type=_model, default=str(MODEL), help=MODELS)
     task.add_argument("--family", choices=variants.FAMILIES, default=variants.Settings.family)
     for name in ("num_tokens", "num_prompt", "num_documents"):
@@ -128,7 +148,7 @@ def main() -> None:
         task.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     task.add_argument("--out", type=Path, default=RESULTS / "variants.json")
 
-    task = tasks.add_parser("gpu", help="correctness and speed on one GPU, random weights")
+    task = tasks.add_parser("gpu", help=HELP["gpu"])
     task.add_argument("--model", action="append", choices=shapes.SHAPES, help="repeatable")
     task.add_argument("--kind", action="append", choices=gpu.KINDS, help="repeatable")
     task.add_argument("--policy", action="append", help="repeatable; default: semantic")
@@ -137,11 +157,9 @@ def main() -> None:
     task.add_argument("--quick", action="store_true", help="tiny sizes: that it runs, no figures")
     task.add_argument("--out", type=Path, help="default: results/figures-gpu.json; --quick: none")
 
-    tasks.add_parser("models", help="fetch and convert the model that --model smollm2 names")
+    tasks.add_parser("models", help=HELP["models"])
 
-    tasks.add_parser(
-        "readme", help="write the tables of README.md and docs/ from benchmarks/results"
-    )
+    tasks.add_parser("readme", help=HELP["readme"])
 
     args = parser.parse_args()
     if args.task == "demo":

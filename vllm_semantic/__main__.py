@@ -1,11 +1,12 @@
-"""``python -m vllm_semantic doctor``."""
+"""``python -m vllm_semantic doctor`` and ``explain``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from . import doctor
+from . import doctor, retention
 
 
 def main() -> int:
@@ -20,10 +21,38 @@ def main() -> int:
         allow_abbrev=False,
     )
     command.add_argument("--json", action="store_true", help="the same, to be read by programs")
+    command.set_defaults(run=_doctor)
+    command = commands.add_parser(
+        "explain",
+        help="draw which blocks of a request lived, from the log of an engine",
+        description="Reads the lines that the logger vllm.vllm_semantic.engine.explain writes at "
+        "level DEBUG, and the start of the log; writes an HTML file that needs nothing else.",
+    )
+    command.add_argument("log", type=Path)
+    command.add_argument("--out", type=Path, default=Path("retention.html"))
+    command.add_argument("--request", help="its id; default: the one with the most evictions")
+    command.add_argument("--group", type=int, help="a KV cache group; default: the first")
+    command.set_defaults(run=_explain)
     options, flags = parser.parse_known_args()
+    if flags and options.run is not _doctor:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    status: int = options.run(options, flags)
+    return status
+
+
+def _doctor(options: argparse.Namespace, flags: list[str]) -> int:
     if not sys.flags.safe_path:
         del sys.path[0]  # `-m` put this folder there; `vllm serve` would not look in it
     return doctor.main(flags, options.json)
+
+
+def _explain(options: argparse.Namespace, flags: list[str]) -> int:
+    try:
+        print(retention.write(options.log, options.out, options.request, options.group))
+    except (retention.NoEvictionsError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

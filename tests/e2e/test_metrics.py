@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from vllm import SamplingParams
+
+from vllm_semantic import retention
 
 from ..engines import engine, manager_of, scheduler_of
 from ..models import random_prompts
@@ -80,7 +84,7 @@ def debug_lines() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def test_log_lines_explain_a_request(llama: str) -> None:
+def test_log_lines_explain_a_request(llama: str, tmp_path: Path) -> None:
     """Also without log stats, as all engines of these tests run."""
     with engine(llama, policy="semantic", kv_policy_config=SEMANTIC) as llm:
         assert scheduler_of(llm).make_stats() is None
@@ -105,3 +109,25 @@ def test_log_lines_explain_a_request(llama: str) -> None:
             f"tokens: {num_evicted} blocks evicted, {-(-769 // 32) - num_evicted} held, "
             f"{num_scored} scored in KV cache group 0"
         )
+        served, block_size = scheduler_of(llm).served_policies, manager_of(llm).block_size
+        log = [served.describe_default(block_size), *lines]
+    check_picture(log, points, block_size, tmp_path)
+
+
+def check_picture(
+    log: list[str], points: dict[int, list[int]], block_size: int, folder: Path
+) -> None:
+    """What is drawn from the log: every block that went, once, and none of it later."""
+    (folder / "log").write_text("\n".join(f"DEBUG 11-28 [explain.py:35] {line}" for line in log))
+    said = retention.write(folder / "log", folder / "page.html", None, None)
+    assert said.endswith(f"{len(points)} eviction points")
+    page = (folder / "page.html").read_text().removeprefix("<!doctype html>\n")
+    fills: dict[str, list[tuple[int, int]]] = {}
+    for cell in ElementTree.fromstring(page).iter("{http://www.w3.org/2000/svg}rect"):
+        place = (int(cell.attrib["y"]) // retention.CELL, int(cell.attrib["x"]) // retention.CELL)
+        fills.setdefault(cell.attrib["fill"], []).append(place)
+    went = {(row, block) for row, blocks in enumerate(points.values()) for block in blocks}
+    assert set(fills["#d62728"]) == went
+    assert set(fills["#f4f4f4"]) == {
+        (later, block) for row, block in went for later in range(row + 1, len(points))
+    }
