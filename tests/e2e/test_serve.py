@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -69,6 +71,19 @@ def test_chat(server: Server) -> None:
     assert answer.choices[0].message.content
     assert answer.usage is not None
     assert 0 < answer.usage.completion_tokens <= 16
+
+
+def test_the_example_client(server: Server, repo: Path) -> None:
+    """examples/client.py as written: with a policy of its own, streamed."""
+    run = subprocess.run(
+        [sys.executable, str(repo / "examples" / "client.py")],
+        env=os.environ | {"PORT": str(server.port)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.strip()) > 50
 
 
 def test_prompt_longer_than_the_budget_is_streamed(server: Server, repo: Path) -> None:

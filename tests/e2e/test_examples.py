@@ -1,0 +1,37 @@
+"""The examples run as written; the client runs against a server in ``test_serve``."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..platforms import default_block_size
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repo)
+    monkeypatch.syspath_prepend(repo)
+
+
+def test_offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["examples/offline.py"])
+    runpy.run_path("examples/offline.py", run_name="__main__")
+    *_, said = capsys.readouterr().out.strip().splitlines()
+    numbers = re.fullmatch(
+        r"(\d+) tokens filled (\d+) blocks of (\d+): (\d+) were evicted, (\d+) kept", said
+    )
+    assert numbers, said
+    num_tokens, filled, block_size, evicted, kept = map(int, numbers.groups())
+    assert block_size == default_block_size()
+    assert filled == -(-num_tokens // block_size) == evicted + kept
+    assert evicted > 0
+
+
+def test_a_policy_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_module("examples.my_policy", run_name="__main__")
+    assert len(capsys.readouterr().out.strip()) > 50
