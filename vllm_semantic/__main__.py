@@ -1,4 +1,4 @@
-"""``python -m vllm_semantic doctor`` and ``explain``."""
+"""``python -m vllm_semantic doctor``, ``explain`` and ``watch``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,15 @@ def main() -> int:
     command.add_argument("--request", help="its id; default: the one with the most evictions")
     command.add_argument("--group", type=int, help="a KV cache group; default: the first")
     command.set_defaults(run=_explain)
+    command = commands.add_parser(
+        "watch",
+        help="show what a server under a policy is doing, from its /metrics",
+        description="Requests, the KV pool, what the policies evict; until it is interrupted.",
+    )
+    command.add_argument("url", help="http://host:port")
+    command.add_argument("--every", type=float, default=2.0, metavar="SECONDS")
+    command.add_argument("--once", action="store_true", help="show the first interval and end")
+    command.set_defaults(run=_watch)
     options, flags = parser.parse_known_args()
     if flags and options.run is not _doctor:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
@@ -44,6 +53,12 @@ def _doctor(options: argparse.Namespace, flags: list[str]) -> int:
     if not sys.flags.safe_path:
         del sys.path[0]  # `-m` put this folder there; `vllm serve` would not look in it
     return doctor.main(flags, options.json)
+
+
+def _watch(options: argparse.Namespace, flags: list[str]) -> int:
+    from . import watch  # prometheus_client comes with vLLM; the doctor runs without either
+
+    return watch.main(options.url, options.every, options.once)
 
 
 def _explain(options: argparse.Namespace, flags: list[str]) -> int:

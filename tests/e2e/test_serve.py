@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -18,6 +19,8 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from vllm_semantic import watch
 
 from ..fuzz.cases import each_of, operations
 from ..fuzz.compare import outcome
@@ -84,6 +87,23 @@ def test_the_example_client(server: Server, repo: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.strip()) > 50
+
+
+def test_a_server_is_watched(
+    server: Server, repo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While a request evicts: what is shown is what its metrics say."""
+    with ThreadPoolExecutor(1) as pool:
+        watched = pool.submit(watch.main, server.url, 4.0, True)
+        test_prompt_longer_than_the_budget_is_streamed(server, repo)
+        assert watched.result() == 0
+    shown = capsys.readouterr().out
+    assert re.match(r"\d+ requests run, \d+ wait; KV pool \d+% in use; ", shown)
+    (row,) = re.findall(r"^semantic +(\d+) +([\d.]+) +([\d.]+) +[\d.]+% +0$", shown, re.MULTILINE)
+    assert float(row[1]) > 0
+    assert float(row[2]) > 0
+    assert watch.main("http://127.0.0.1:9", 1.0, True) == 1
+    assert "127.0.0.1:9/metrics: " in capsys.readouterr().err
 
 
 def test_prompt_longer_than_the_budget_is_streamed(server: Server, repo: Path) -> None:
