@@ -25,7 +25,7 @@ MODELS = "a folder, a name of a hub, or smollm2, which is fetched once; default:
 
 
 HELP = {
-    "demo": "perplexity, speed, memory and answers under each policy; 4 minutes",
+    "demo": "perplexity, speed, memory and answers under each policy; 5 minutes",
     "figures": "throughput, decode step and host time against stock vLLM; 40 minutes",
     "capacity": "requests and tokens a second on a given KV memory; 6 minutes",
     "overhead": "what the policy adds to a step on the host, without a model; 1 minute",

@@ -46,7 +46,7 @@ class Settings:
     """How much text, and how."""
 
     model: str = str(MODEL)
-    num_tokens: int = 2000
+    num_tokens: int = 1500
     num_prompt: int = 500
     num_documents: int = 2
     real_tokens: int = 1500
@@ -59,7 +59,7 @@ What to try next, in this environment (source .venv/bin/activate):
   python -m vllm_semantic doctor MODEL --kv-policy semantic     what would run, before it does
   python -m benchmarks quality --model MODEL                    what a model of yours loses"""
 
-REAL_POLICIES = ("full", "streaming", "semantic")
+REAL_POLICIES = ("full", "streaming", "semantic", "semantic:contribution:max:recent_tokens=128")
 REAL_BUDGET = 264
 
 

@@ -56,7 +56,6 @@ def run() -> None:
         ],
         "docs/quality.md": [
             ("real-few-groups", "real-few-groups", _rules),
-            ("real-4k", "real-4k", _rules),
             ("turns", "turns", _turns),
             ("turns-in-groups", "turns-in-groups", _turns),
             ("quality", "quality", _quality),
