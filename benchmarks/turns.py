@@ -147,14 +147,14 @@ def ask(
 def _accuracies(
     asked: list[recall.Question], answers: list[list[int]]
 ) -> dict[str, dict[str, Any]]:
+    """By task, over all depths."""
     pairs = list(zip(asked, answers, strict=True))
-    return {
-        task: recall.accuracy(
-            [question for question, _ in pairs if question.task == task],
-            [answer for question, answer in pairs if question.task == task],
-        )
-        for task in TASKS
-    }
+    found = {}
+    for task in TASKS:
+        of_task = [pair for pair in pairs if pair[0].task == task]
+        found[task] = recall.accuracy(*zip(*of_task, strict=True))
+        del found[task]["by_depth"]
+    return found
 
 
 def _table(report: dict[str, Any]) -> Table:
