@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_semantic.layer_groups import LAYER_GROUPS, LAYER_SKEW
-from vllm_semantic.served import REQUEST_KEY
+from vllm_semantic.served import MAX_REQUEST_TOKENS, REQUEST_KEY
 
 from . import recall, texts
 from .context import RESULTS, context
@@ -109,7 +108,7 @@ def reader(
     return engine(
         model,
         "semantic",
-        {"max_request_tokens": num_tokens + ROOM, **(options or {})},
+        {MAX_REQUEST_TOKENS: num_tokens + ROOM, **(options or {})},
         max_model_len=num_tokens + ROOM,
         max_num_batched_tokens=num_tokens,
         enable_prefix_caching=True,
@@ -135,8 +134,7 @@ def ask(
 ) -> Iterator[tuple[Row, list[int]]]:
     """What each row answers; the first reads the document, the others find its blocks."""
     num_new = len(question.answer_token_ids)
-    for _, of in groupby(rows, key=lambda row: row is rows[0]):
-        part = list(of)
+    for part in filter(None, (rows[:1], rows[1:])):
         asked = [
             {REQUEST_KEY: {"name": row.policy.partition(":")[0], **row.options}} for row in part
         ]

@@ -64,7 +64,6 @@ class SemanticManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: BoundedSpec, **kwargs: Any) -> None:
         check_block_size(kv_cache_spec.policy, kv_cache_spec.block_size)
         super().__init__(kv_cache_spec, **kwargs)
-        self.bounds = kv_cache_spec
         self.default_policy = kv_cache_spec.policy
         self.prefill_interval = kv_cache_spec.prefill_interval
         self.eviction_delay = kv_cache_spec.eviction_delay
@@ -233,7 +232,7 @@ class SemanticManager(FullAttentionManager):
         vLLM's method takes the cap from an attribute, one for all requests.
         """
         if apply_admission_cap:
-            cap = self.bounds.admission_blocks(self.policy_of(request_id))
+            cap = self.kv_cache_spec.admission_blocks(self.policy_of(request_id))
             self.max_admission_blocks_per_request = cap
         return super().get_num_blocks_to_allocate(
             request_id, *args, apply_admission_cap=apply_admission_cap, **kwargs

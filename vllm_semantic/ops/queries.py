@@ -25,4 +25,4 @@ def keep_queries(rings: torch.Tensor, queries: torch.Tensor, places: torch.Tenso
         return
     num_kept = int(places[0, 0])
     sources, rows = places[1 : 1 + num_kept].unbind(1)
-    rings[rows] = queries[sources]  # half the time of index_copy_
+    rings[rows] = queries[sources]  # in a loop, half the time of index_copy_
