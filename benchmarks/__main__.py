@@ -134,7 +134,7 @@ def main() -> None:
     task.add_argument("--policies", type=_names, default=asked.policies)
     task.add_argument("--budget", type=_numbers, default=asked.budget, help="in tokens")
     task.add_argument("--num-tokens", type=_numbers, default=asked.num_tokens)
-    for name in ("questions", "layer_groups", "layer_skew_tokens", "seed"):
+    for name in ("questions", "layer_groups", "layer_skew_tokens", "recall_gib", "seed"):
         flag = f"--{name.replace('_', '-')}"
         task.add_argument(flag, type=int, default=getattr(asked, name), help="default: %(default)s")
     task.add_argument("--dtype", default=asked.dtype)

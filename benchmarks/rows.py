@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_semantic.layer_groups import LAYER_GROUPS, LAYER_SKEW
 from vllm_semantic.policies import POLICIES, KVPolicy
-from vllm_semantic.policies.base import RECENT
+from vllm_semantic.policies.base import RECALL, RECENT
 
 SINKS = 8
 """Tokens of a budget that are for sinks: a block in any case, also where a policy has four."""
@@ -41,8 +41,8 @@ def policy_options(policy: str, budget: int) -> dict[str, Any]:
     """A policy's options for a budget in tokens, such that all hold the same number of blocks.
 
     Args:
-        policy: its name and, each after a colon, words that its options allow and a recent window
-            of its own: ``semantic:contribution:max:recent_tokens=128``.
+        policy: its name and, each after a colon, words that its options allow, a recent window of
+            its own, and ``recall``: ``semantic:contribution:max:recent_tokens=128:recall``.
         budget: tokens.
 
     Raises:
@@ -73,24 +73,37 @@ def policy_options(policy: str, budget: int) -> dict[str, Any]:
     return {"sink_tokens": sink, "recent_tokens": recent, **chosen}
 
 
+def server_options(rows: Sequence[Row], recall: Mapping[str, float]) -> dict[str, Any]:
+    """What a server has to have for rows of which some recall blocks.
+
+    Args:
+        rows: that it serves.
+        recall: its options for that.
+    """
+    return dict(recall) if any(row.options.get(RECALL) for row in rows) else {}
+
+
 def _variant(policy: str, cls: type[KVPolicy], words: Sequence[str]) -> dict[str, Any]:
     """The options that words stand for.
 
     Raises:
         ValueError: one stands for none.
     """
-    chosen: dict[str, Any] = {}
+    # Nothing comes back under a name that does not say so, whatever the server has.
+    chosen: dict[str, Any] = {RECALL: False} if RECALL in cls.options() else {}
     allowed = {word: option for option, of in cls.choices.items() for word in of}
     for word in words:
         option, _, tokens = word.rpartition("=")
-        if word in allowed:
+        if word == RECALL and cls().recalls:
+            chosen[RECALL] = True
+        elif word in allowed:
             chosen[allowed[word]] = word
         elif option == RECENT and tokens.isdecimal() and cls().selected_tokens:
             chosen[RECENT] = int(tokens)
         else:
             raise ValueError(
                 f"--policies {policy!r}: {word!r} is no variant of it; allowed: "
-                f"{', '.join([*allowed, f'{RECENT}=TOKENS' * bool(cls().selected_tokens)])}"
+                f"{', '.join([*allowed, *[f'{RECENT}=TOKENS', RECALL] * bool(cls().selected_tokens)])}"
             )
     return chosen
 

@@ -18,13 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_semantic.layer_groups import LAYER_GROUPS, LAYER_SKEW
+from vllm_semantic.recall import RECALL_GIB
 from vllm_semantic.served import MAX_REQUEST_TOKENS, REQUEST_KEY
 
 from . import recall, texts
 from .context import RESULTS, context
 from .engines import RemoteEngine, engine
 from .progress import progress_bar
-from .rows import Row, rows_of
+from .rows import Row, rows_of, server_options
 from .shapes import kv_bytes
 
 AT_ONCE, LATER = "with the document", "in a later turn"
@@ -52,6 +53,8 @@ class Settings:
     """Of each task, four a document."""
     layer_groups: int = 1
     layer_skew_tokens: int = 0
+    recall_gib: int = 4
+    """Host memory, where a policy recalls."""
     dtype: str = "bfloat16"
     seed: int = 0
 
@@ -63,6 +66,11 @@ def run(settings: Settings, out: Path = RESULTS / "turns.json") -> dict[str, Any
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     filler = texts.documents("pg19", settings.model, min(settings.num_tokens))
     rows = rows_of(settings.policies, ("none",), settings.budget)
+    options = {
+        LAYER_GROUPS: settings.layer_groups,
+        LAYER_SKEW: settings.layer_skew_tokens,
+        **server_options(rows, {RECALL_GIB: settings.recall_gib}),
+    }
     report: dict[str, Any] = {"context": context(**asdict(settings)), "lengths": {}}
     console = Console()
     with progress_bar(console) as progress:
@@ -78,8 +86,7 @@ def run(settings: Settings, out: Path = RESULTS / "turns.json") -> dict[str, Any
                 )
             ]
             asked.sort(key=lambda question: question.prompt_token_ids)  # document by document
-            groups = {LAYER_GROUPS: settings.layer_groups, LAYER_SKEW: settings.layer_skew_tokens}
-            with reader(settings.model, num_tokens, groups, dtype=settings.dtype) as side:
+            with reader(settings.model, num_tokens, options, dtype=settings.dtype) as side:
                 answers: dict[str, dict[str, list[list[int]]]] = {}
                 progress.update(bar, description=f"{num_tokens} tokens: asking")
                 for question in asked:
@@ -101,7 +108,7 @@ def run(settings: Settings, out: Path = RESULTS / "turns.json") -> dict[str, Any
 
 
 def reader(
-    model: str, num_tokens: int, options: Mapping[str, int] | None = None, **kwargs: Any
+    model: str, num_tokens: int, options: Mapping[str, Any] | None = None, **kwargs: Any
 ) -> AbstractContextManager[RemoteEngine]:
     """An engine that cuts a document of ``num_tokens`` down when it is read, and not before; its
     requests may have any policy."""

@@ -111,15 +111,15 @@ def _option(cls: type[KVPolicy], option: str, value: object, field: str) -> Any:
         ) from error
 
 
-def check_number(field: str, value: object) -> None:
-    """Refuse what is not a number of tokens.
+def check_number(field: str, value: object, of: str = "tokens") -> None:
+    """Refuse what is not a number of tokens, or of something else.
 
     Raises:
         ValueError: ``value`` is no integer from 0 to :data:`MAX_TOKENS`.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_TOKENS:
         raise ValueError(
-            f"{field} {reprlib.repr(value)} is not a number of tokens; "
+            f"{field} {reprlib.repr(value)} is not a number of {of}; "
             f"allowed: integers from 0 to {MAX_TOKENS}"
         )
 

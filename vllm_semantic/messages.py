@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .policies import KVPolicy
 from .policies.selection import EarlierTurn
@@ -13,9 +13,33 @@ BlockIndices = list[int]
 """Logical block indices of one request, ascending."""
 
 
+class Owner(NamedTuple):
+    """A request's blocks in one KV cache group."""
+
+    group_id: int
+    request_id: str
+
+
+class BlockCopy(NamedTuple):
+    """A block of a KV cache group that is copied to host memory, or back."""
+
+    group_id: int
+    block_id: int
+    """On the device."""
+    slot: int
+    """In host memory."""
+
+
+class HostCopies(NamedTuple):
+    """What a step copies before its forward pass: first out, then back."""
+
+    out: list[BlockCopy]
+    back: list[BlockCopy]
+
+
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Asks for scores of the full blocks that one request holds. Written by the block manager."""
+    """Asks for scores of the full blocks that one request has. Written by the block manager."""
 
     policy: KVPolicy
     """Says what a block is worth."""
@@ -29,6 +53,16 @@ class ScoreRequest:
     block_ids: list[int]
     """Physical ids, in the same order, and behind them that of the block being filled, if any."""
 
+    recallable: Mapping[int, int] = field(default_factory=dict)
+    """Blocks that are in host memory only: the slot of each, by logical index."""
+
+    @property
+    def scored_indices(self) -> BlockIndices:
+        """Logical indices of the blocks that get a score, ascending."""
+        if not self.recallable:
+            return self.block_indices
+        return sorted([*self.block_indices, *self.recallable])
+
     @property
     def held_indices(self) -> BlockIndices:
         """Logical indices of all :attr:`block_ids`; what is being filled comes behind the rest."""
@@ -41,11 +75,22 @@ class ScoreRequest:
 class KVPolicyStep:
     """What a scheduler step tells the workers; one entry per KV cache group and request.
 
-    Written by the scheduler, read by the workers before the forward pass (evictions) and
-    after it (score requests).
+    Written by the scheduler, read by the workers before the forward pass (copies, evictions,
+    recalls, rewinds) and after it (score requests).
     """
 
     evictions: dict[int, dict[str, BlockIndices]] = field(default_factory=dict)
+
+    recalls: dict[int, dict[str, dict[int, int]]] = field(default_factory=dict)
+    """Where on the device a block is that came back, by logical index. After the evictions."""
+
+    copies: HostCopies | None = None
+    """Between the device and host memory; of all groups."""
+
+    rewinds: dict[str, int] = field(default_factory=dict)
+    """Requests that read the end of their prompt again, and how many tokens are left of what they
+    had computed."""
+
     score_requests: dict[int, dict[str, ScoreRequest]] = field(default_factory=dict)
 
     keeps_queries: set[str] = field(default_factory=set)
@@ -53,7 +98,7 @@ class KVPolicyStep:
 
 
 BlockScores = dict[int, dict[str, list[float]]]
-"""Per KV cache group and request, one score per block of its :class:`ScoreRequest`."""
+"""Per KV cache group and request, a score for each of its ``ScoreRequest.scored_indices``."""
 
 
 def attach_policy(request: Any, policy: KVPolicy) -> None:

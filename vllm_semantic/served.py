@@ -30,6 +30,7 @@ from .policies.base import SINK, BlockBudget
 from .policies.check import PolicyError, build, check_policy, is_built_in
 from .policies.options import to_json
 from .policies.trial import AttentionShape, try_out
+from .recall import RECALL_BLOCKS, RECALL_GIB, check_recall_blocks, check_recall_gib
 
 CONFIG_KEY = "kv_policy"
 """Key of ``VllmConfig.additional_config`` under which the policy travels."""
@@ -67,13 +68,21 @@ class ServedPolicies:
     """Tokens by which the budget of the last group is larger than the policy's, and that of the
     first smaller: see :func:`~.layer_groups.skew_blocks`."""
 
+    recall_gib: float = 0.0
+    """Host memory for evicted blocks of all requests, of all tensor-parallel ranks together."""
+
+    recall_blocks: int = 0
+    """The most blocks that a request recalls at an eviction point of its answer; before the first
+    token of an answer there is no limit but the budget."""
+
     @classmethod
     def from_config(cls, config: object) -> ServedPolicies:
         """Read ``additional_config["kv_policy"]``.
 
         Args:
             config: ``{"name": ..., "max_request_tokens": ..., "layer_groups": ...,
-                "layer_skew_tokens": ..., **options}``, or just a name.
+                "layer_skew_tokens": ..., "recall_gib": ..., "recall_blocks": ..., **options}``,
+                or just a name.
 
         Raises:
             ValueError: another form, an unknown name or option, or a value out of range.
@@ -89,11 +98,13 @@ class ServedPolicies:
         name, largest = options.pop("name"), options.pop(MAX_REQUEST_TOKENS, None)
         layer_groups = check_layer_groups(options.pop(LAYER_GROUPS, 1))
         skew = options.pop(LAYER_SKEW, 0)
+        recall_gib = check_recall_gib(options.pop(RECALL_GIB, 0.0))
+        recall_blocks = check_recall_blocks(options.pop(RECALL_BLOCKS, 0), recall_gib)
         default = make_policy(name, options)
         skew = check_layer_skew(skew, layer_groups, default)
         if largest is not None:
             check_number(f"{CONFIG_FLAG}.{MAX_REQUEST_TOKENS}", largest)
-        return cls(name, default, largest, layer_groups, skew)
+        return cls(name, default, largest, layer_groups, skew, recall_gib, recall_blocks)
 
     def try_out(self, shape: AttentionShape) -> None:
         """Let a policy of somebody's own judge made-up blocks, with every word its options have.

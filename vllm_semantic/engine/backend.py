@@ -138,10 +138,17 @@ class CompactingBuilder:
         table = common.block_table_tensor
         # Behind a sequence's end a column may lie behind the table's too.
         columns = np.minimum(held.columns, table.shape[1] - 1)
-        both = np.column_stack((held.evicted_tokens, columns))
-        evicted_and_columns = async_tensor_h2d(both, table.device, torch.int64)
-        evicted, columns = evicted_and_columns[:, 0], evicted_and_columns[:, 1:]
-        torch.gather(table, 1, columns, out=block_table[:, : columns.shape[1]])
+        num_columns = columns.shape[1]
+        parts = [held.evicted_tokens, columns]
+        if held.block_ids is not None:
+            parts.append(held.block_ids)
+        on_device = async_tensor_h2d(np.column_stack(parts), table.device, torch.int64)
+        evicted, columns = on_device[:, 0], on_device[:, 1 : 1 + num_columns]
+        rows = block_table[:, :num_columns]
+        torch.gather(table, 1, columns, out=rows)
+        if held.block_ids is not None:
+            block_ids = on_device[:, 1 + num_columns :]
+            torch.where(block_ids > 0, block_ids.int(), rows, out=rows)
         torch.sub(common.seq_lens, evicted, out=seq_lens)
         return common.replace(
             block_table_tensor=block_table,

@@ -24,15 +24,18 @@ def explain_eviction(
     candidates: Sequence[int],
     scores: Sequence[float],
     evicted: BlockIndices,
+    recalled: BlockIndices,
 ) -> None:
-    """Log what could go at an eviction point, with its score, and what went."""
+    """Log what could go at an eviction point, with its score, what went and what came back."""
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug(
-            "KV policy %s: request %s at token %d evicts blocks %s of KV cache group %d; scores %s",
+            "KV policy %s: request %s at token %d evicts blocks %s%s of KV cache group %d; "
+            "scores %s",
             policy,
             request_id,
             point,
             evicted,
+            f" and recalls {recalled}" if recalled else "",
             group_id,
             ", ".join(f"{i}: {score:.4g}" for i, score in zip(candidates, scores, strict=True)),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,10 @@ class HeldRows(NamedTuple):
 
     seq_lens: np.ndarray
     """``[num_reqs]`` int32, tokens that are left of each."""
+
+    block_ids: np.ndarray | None
+    """``[num_reqs, num_columns]`` int32: kernel blocks that came back to another place than the
+    tables name, and 0 for all others; ``None`` where there are none."""
 
 
 class HeldBlocks:
@@ -48,6 +52,10 @@ class HeldBlocks:
         # at a request's last eviction its columns are consecutive.
         self._columns = np.empty((max_num_reqs + 1, max_num_blocks), dtype=np.int32)
         self._columns[0] = np.arange(max_num_blocks)
+        self._block_ids = np.zeros_like(self._columns)
+        """Of what came back, kernel blocks; 0 elsewhere."""
+        self._recalling: set[int] = set()
+        """Rows with blocks that came back."""
         self._evicted_tokens = np.zeros(max_num_reqs + 1, dtype=np.int32)
         self._rows: dict[str, int] = {}
         self._free = list(range(max_num_reqs, 0, -1))
@@ -68,14 +76,37 @@ class HeldBlocks:
             row = self._rows[request_id] = self._free.pop()
             self._columns[row] = self._columns[0]
         columns = self._columns[row]
-        first = np.multiply(block_indices, self.kernel_blocks)
-        gone = np.add.outer(first, np.arange(self.kernel_blocks)).flatten()
+        gone = self._of_kernel(block_indices)
         places = np.searchsorted(columns, gone)
         assert np.array_equal(columns[places], gone), "evicted, but not held"
-        left = np.delete(columns, places)
-        columns[: len(left)] = left
-        columns[len(left) :] = columns[-1] + 1 + np.arange(gone.size)
+        behind = columns[-1] + 1 + np.arange(gone.size)
+        self._columns[row] = np.append(np.delete(columns, places), behind)
+        if row in self._recalling:
+            block_ids = np.delete(self._block_ids[row], places)
+            self._block_ids[row] = np.append(block_ids, np.zeros_like(gone))
         self._evicted_tokens[row] += len(block_indices) * self.block_size
+
+    def recall(self, request_id: str, blocks: Mapping[int, int]) -> None:
+        """Note that blocks have come back.
+
+        Args:
+            request_id: a running request that has lost them, and :meth:`evict` was told so.
+            blocks: by logical index, ascending, the block of the manager where each is now.
+        """
+        row = self._rows[request_id]
+        columns, size = self._columns[row], self._columns.shape[1]
+        back = self._of_kernel(list(blocks))
+        places = np.searchsorted(columns, back)
+        self._columns[row] = np.insert(columns, places, back)[:size]
+        block_ids = self._of_kernel(list(blocks.values()))
+        self._block_ids[row] = np.insert(self._block_ids[row], places, block_ids)[:size]
+        self._recalling.add(row)
+        self._evicted_tokens[row] -= len(blocks) * self.block_size
+
+    def _of_kernel(self, blocks: BlockIndices) -> np.ndarray:
+        """The kernel blocks in blocks of the manager, by index or by id."""
+        first = np.multiply(blocks, self.kernel_blocks)
+        return np.add.outer(first, np.arange(self.kernel_blocks)).flatten()
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Give up what is known of requests that are gone or were preempted."""
@@ -83,6 +114,9 @@ class HeldBlocks:
             if request_id in self._rows:
                 row = self._rows.pop(request_id)
                 self._evicted_tokens[row] = 0
+                if row in self._recalling:
+                    self._recalling.discard(row)
+                    self._block_ids[row] = 0
                 self._free.append(row)
 
     def rows(self, request_ids: Sequence[str], seq_lens: np.ndarray) -> HeldRows | None:
@@ -103,4 +137,7 @@ class HeldBlocks:
         evicted = self._evicted_tokens[rows]
         left = seq_lens - evicted
         num_columns = -(-int(left.max()) // self._kernel_block_size)
-        return HeldRows(self._columns[:, :num_columns][rows], evicted, left)
+        block_ids = None
+        if not self._recalling.isdisjoint(rows.tolist()):
+            block_ids = self._block_ids[:, :num_columns][rows]
+        return HeldRows(self._columns[:, :num_columns][rows], evicted, left, block_ids)

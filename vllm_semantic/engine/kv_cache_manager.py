@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 
+from .host_pool import HostPool
 from .manager import SemanticManager
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ class SemanticKVCacheManager(KVCacheManager):
     """By request, the computed tokens up to which a step neither needs a block, nor evicts one,
     nor makes one shareable. Found again after each step that goes past them."""
 
+    host_pool: HostPool | None
+    """What keeps evicted blocks. Written by the scheduler."""
+
     @classmethod
     def take_over(cls, manager: KVCacheManager) -> SemanticKVCacheManager:
         """Turn the manager that vLLM's scheduler has just built into one of this class.
@@ -34,6 +38,7 @@ class SemanticKVCacheManager(KVCacheManager):
         manager.__class__ = cls
         assert isinstance(manager, cls)
         manager.unchanged_until = {}
+        manager.host_pool = None
         return manager
 
     def allocate_slots(
@@ -52,6 +57,13 @@ class SemanticKVCacheManager(KVCacheManager):
         """Make full blocks shareable as vLLM does; asynchronously, it asks after every token."""
         if num_computed_tokens > self.unchanged_until.get(request.request_id, 0):
             super().cache_blocks(request, num_computed_tokens)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget which blocks are equal to which, in host memory too: the model may change."""
+        reset: bool = super().reset_prefix_cache()
+        if reset and self.host_pool is not None:
+            self.host_pool.forget_contents()
+        return reset
 
     def forget(self, request_id: str) -> None:
         """Drop what is remembered of a request: its blocks are freed, or its prompt has changed."""

@@ -12,17 +12,26 @@ from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from ..config import check_block_size
-from ..messages import BlockIndices, ScoreRequest, earlier_turns_of, extra_args_of, policy_of
+from ..messages import (
+    BlockIndices,
+    Owner,
+    ScoreRequest,
+    earlier_turns_of,
+    extra_args_of,
+    policy_of,
+)
 from ..policies import KVPolicy
 from ..policies.base import BlockBudget
 from ..policies.check import POLICY_ERRORS
 from ..policies.selection import (
     blocks_to_evict,
+    blocks_to_swap,
     eviction_point_of_turns,
     is_eviction_point,
     prompt_end,
 )
 from .explain import explain_eviction, sum_up_request
+from .host_pool import HostPool
 from .request_blocks import RequestBlocks
 from .stats import EvictionStats
 
@@ -30,6 +39,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = init_logger(f"vllm.{__name__}")
+
+RECALL_MARGIN = 0.1
+"""By which share of its score a block has to be beaten by one that would come back."""
 
 MAX_BUDGETS = 1024
 """Policies of requests whose budgets are remembered."""
@@ -41,6 +53,7 @@ class BoundedSpec(Protocol):
     block_size: int
     prefill_interval: int
     eviction_delay: int
+    recall_blocks: int
 
     @property
     def policy(self) -> KVPolicy: ...
@@ -75,8 +88,18 @@ class SemanticManager(FullAttentionManager):
         self.is_first = True
         """Whether the manager is that of the first group: what happens to a request once, however
         many groups its layers are in, is counted there. Written by the scheduler."""
+        self.host: HostPool | None = None
+        """What keeps evicted blocks, for all groups; ``None``: they are lost. Written by the
+        scheduler."""
+        self.recall_blocks = kv_cache_spec.recall_blocks
         self.num_steps = 0
         """Scheduler steps so far, this one included. Written by the scheduler."""
+        self.questions: dict[str, int] = {}
+        """Requests that look for what the end of their prompt asks for, and up to where it has been
+        read. Written by the scheduler."""
+        self.rewinds: dict[str, int] = {}
+        """Requests that read the end of their prompt again with their next step, and how many
+        tokens stay computed. Written by the scheduler."""
         self.quiet_until: dict[str, float] = {}
         """By request, the computed tokens up to which nothing is asked of the workers for it."""
         self._budget_of = lru_cache(MAX_BUDGETS)(kv_cache_spec.budget)
@@ -85,6 +108,7 @@ class SemanticManager(FullAttentionManager):
         """By request, the next point at which blocks have to go; an eviction only moves it on."""
         self._requests: dict[str, RequestBlocks] = {}
         self._evictions: dict[str, BlockIndices] = {}
+        self._recalls: dict[str, dict[int, int]] = {}
 
     @property
     def stats(self) -> EvictionStats:
@@ -112,8 +136,7 @@ class SemanticManager(FullAttentionManager):
         ):
             # What still sees the evicted blocks is this one token, however steps fall.
             return min(num_new, self.eviction_delay)
-        point = self._next_over_budget_point(request.request_id, num_computed, num_prompt)
-        return min(num_new, point - num_computed)
+        return min(num_new, self._next_point(request, num_computed) - num_computed)
 
     def max_prefix_hit_tokens(self, request: Request) -> int | None:
         """The longest prefix hit that still computes the queries of the first eviction.
@@ -138,8 +161,7 @@ class SemanticManager(FullAttentionManager):
         if num_computed >= self._points.get(request_id, 0):
             policy, point = policy_of(request, self.default_policy), math.inf
             if policy.bounded and policy.scores_blocks:
-                num_prompt = request.num_prompt_tokens
-                point = self._next_over_budget_point(request_id, num_computed, num_prompt)
+                point = self._next_point(request, num_computed)
             self._points[request_id] = point
             self.quiet_until[request_id] = point - policy.num_queries
         return num_computed + num_new > self.quiet_until[request_id]
@@ -152,8 +174,9 @@ class SemanticManager(FullAttentionManager):
             num_computed: tokens computed once the step has run.
         """
         request_id, policy = request.request_id, policy_of(request, self.default_policy)
-        if not policy.scores_blocks or not self._over_budget_at(
-            request_id, num_computed, request.num_prompt_tokens
+        if not policy.scores_blocks or not (
+            self._over_budget_at(request_id, num_computed, request.num_prompt_tokens)
+            or self.question_point(request, num_computed - 1) == num_computed
         ):
             return None
         state = self._requests.setdefault(request_id, RequestBlocks())
@@ -165,14 +188,85 @@ class SemanticManager(FullAttentionManager):
         state.asked_in_step[num_computed] = self.num_steps
         state.num_scored += len(kept)
         self.stats_by_policy[policy.name].scored_blocks += len(kept)
-        return ScoreRequest(policy, num_computed, kept, [blocks[i].block_id for i in held])
+        block_ids = [blocks[i].block_id for i in held]
+        return ScoreRequest(
+            policy, num_computed, kept, block_ids, self._recallable(request_id, policy, kept)
+        )
 
     def record_scores(self, request_id: str, asked: ScoreRequest, scores: Sequence[float]) -> None:
         """Keep scores for the eviction they were asked for; the request must still hold blocks."""
         if request_id not in self.req_to_blocks:
             return
         state = self._requests.setdefault(request_id, RequestBlocks())
-        state.scores[asked.num_tokens] = dict(zip(asked.block_indices, scores, strict=True))
+        state.scores[asked.num_tokens] = dict(zip(asked.scored_indices, scores, strict=True))
+
+    def question_point(self, request: Request, num_computed: int) -> int | None:
+        """Where the blocks that the end of a prompt asks for are chosen: before its last token.
+
+        Only where some could come back: without them nothing would be chosen anew.
+
+        Args:
+            request: a request.
+            num_computed: tokens computed; the point lies behind them.
+
+        Returns:
+            Computed tokens; ``None`` if there is no such point.
+        """
+        request_id, policy = request.request_id, policy_of(request, self.default_policy)
+        if self.host is None or not policy.recalls:
+            return None
+        ends = [turn.num_prompt_tokens for turn in earlier_turns_of(request)]
+        ends.append(request.num_prompt_tokens)
+        end = next((end for end in ends if end >= num_computed + 2), 0)
+        state = self._requests.get(request_id, RequestBlocks())
+        if end <= state.prompt_read:
+            return None
+        if not self._recallable(request_id, policy, state.kept):
+            # Unless the step that begins here evicts what could come back.
+            settled = num_computed - self.eviction_delay
+            if not self._over_budget_at(request_id, settled, request.num_prompt_tokens):
+                return None
+        return end - 1
+
+    def answer(self, request: Request, point: int) -> int:
+        """Choose what the end of a prompt is read with, among all blocks that there are.
+
+        Args:
+            request: whose steps are settled up to ``point``.
+            point: its :meth:`question_point`.
+
+        Returns:
+            Blocks that come back.
+        """
+        request_id = request.request_id
+        state = self._requests[request_id]
+        state.prompt_read = point + 1
+        recalled = self._evict_at(request_id, state, point, is_question=True)
+        return len(recalled)
+
+    def first_to_reread(self, request: Request, before: int) -> int:
+        """The first token that reads anew what :meth:`answer` chose: all of them are held.
+
+        Args:
+            request: the same.
+            before: tokens computed at its last eviction point before that.
+        """
+        recent = self._budget_of(policy_of(request, self.default_policy)).recent
+        kept = self._requests[request.request_id].kept
+        first = max(before, kept[-recent] * self.block_size)
+        for feature in request.mm_features:  # an encoder's output may be gone
+            first = max(first, feature.mm_position.offset + feature.mm_position.length)
+        return first
+
+    def last_point(self, request_id: str) -> int:
+        """Tokens computed at a request's last eviction point; 0 before the first."""
+        state = self._requests.get(request_id)
+        return 0 if state is None else state.last_point
+
+    def take_recalls(self) -> dict[str, dict[int, int]]:
+        """Drain what came back since the last call, for the workers: ids by logical index."""
+        recalls, self._recalls = self._recalls, {}
+        return recalls
 
     def take_evictions(self) -> dict[str, BlockIndices]:
         """Drain the evictions since the last call, for the workers."""
@@ -263,19 +357,11 @@ class SemanticManager(FullAttentionManager):
         ):
             return
         state = self._requests.setdefault(request_id, RequestBlocks())
-        num_full_blocks = point // self.block_size
-        kept = state.kept_at(num_full_blocks)
-        evicted = self._choose(request_id, state, kept, point)
-        self._evict(request_id, evicted)
+        self._evict_at(request_id, state, point)
         if state.num_exact_tokens is None:
             state.num_exact_tokens = start
             stats = self.stats_by_policy[self.policy_of(request_id).name]
             stats.evicting_requests += self.is_first
-        gone = set(evicted)
-        state.kept = [i for i in kept if i not in gone]
-        state.num_seen = num_full_blocks
-        state.scores = {later: s for later, s in state.scores.items() if later > point}
-        state.asked_in_step = {p: step for p, step in state.asked_in_step.items() if p > point}
 
     def cache_blocks(
         self,
@@ -309,6 +395,11 @@ class SemanticManager(FullAttentionManager):
                 state.num_scored,
             )
         self._evictions.pop(request_id, None)
+        self._recalls.pop(request_id, None)
+        if self.host is not None:
+            self.host.forget(Owner(self.kv_cache_group_id, request_id))
+        self.questions.pop(request_id, None)
+        self.rewinds.pop(request_id, None)
         self.forget_points(request_id)
         return super().pop_blocks_for_free(request_id)
 
@@ -348,21 +439,87 @@ class SemanticManager(FullAttentionManager):
             first, num_prompt_tokens, turns, self.block_size, self.prefill_interval
         )
 
-    def _choose(
-        self, request_id: str, state: RequestBlocks, kept: BlockIndices, point: int
-    ) -> BlockIndices:
-        """The blocks that go: as the request's policy has it or, where it fails, the oldest.
+    def _next_point(self, request: Request, num_computed: int) -> int:
+        """The first point after ``num_computed`` tokens at which blocks go or come back."""
+        point = self._next_over_budget_point(
+            request.request_id, num_computed, request.num_prompt_tokens
+        )
+        question = self.question_point(request, num_computed)
+        return point if question is None else min(point, question)
 
-        A request that stayed over its budget would hold more than admission counts on.
+    def _recallable(
+        self, request_id: str, policy: KVPolicy, kept: BlockIndices
+    ) -> Mapping[int, int]:
+        """The slots in host memory of blocks that are nowhere else, by logical index."""
+        if self.host is None or not policy.recalls:
+            return {}
+        slots = self.host.blocks_of(Owner(self.kv_cache_group_id, request_id))
+        return {i: slots[i] for i in sorted(slots.keys() - set(kept))}
+
+    def _evict_at(
+        self, request_id: str, state: RequestBlocks, point: int, is_question: bool = False
+    ) -> BlockIndices:
+        """Evict down to the budget, and recall what is worth more than what is left.
+
+        Returns:
+            Logical indices of what came back, ascending.
+        """
+        num_full_blocks = point // self.block_size
+        kept = state.kept_at(num_full_blocks)
+        evicted, swaps = self._choose(request_id, state, kept, point, is_question)
+        swaps = self._within_pool(request_id, swaps)
+        recalled = sorted(comes for _, comes in swaps)
+        evicted = sorted([*evicted, *(goes for goes, _ in swaps)])
+        if evicted or not is_question:
+            self._evict(request_id, evicted)
+        if recalled:
+            self._recall(request_id, recalled)
+        if self.host is not None:
+            self.forget_points(request_id)  # now there may be something to ask for
+        gone = set(evicted)
+        state.kept = sorted([*(i for i in kept if i not in gone), *recalled])
+        state.num_seen = num_full_blocks
+        state.last_point = point
+        state.scores = {later: s for later, s in state.scores.items() if later > point}
+        state.asked_in_step = {p: step for p, step in state.asked_in_step.items() if p > point}
+        return recalled
+
+    def _choose(
+        self,
+        request_id: str,
+        state: RequestBlocks,
+        kept: BlockIndices,
+        point: int,
+        is_question: bool,
+    ) -> tuple[BlockIndices, list[tuple[int, int]]]:
+        """The blocks that go, and pairs of one that goes and one that comes back in its place.
+
+        As the request's policy has it or, where it fails, the oldest go. A request that stayed
+        over its budget would hold more than admission counts on.
         """
         policy = self.policy_of(request_id)
         budget, stats = self._budget_of(policy), self.stats_by_policy[policy.name]
         candidates = budget.candidates(kept)
         asked_in_step = state.asked_in_step.pop(point, None)
+        scored = state.scores.get(point, {})
+        away = [i for i in self._recallable(request_id, policy, kept) if i in scored]
+        swaps: list[tuple[int, int]] = []
         try:
             extra_args = extra_args_of(self.requests[request_id])
-            scores = state.judge(policy, candidates, point, extra_args)
+            both = [*candidates, *away]
+            judged = state.judge(policy, both, point, extra_args, is_question)
+            scores, of_away = judged[: len(candidates)], judged[len(candidates) :]
             evicted = blocks_to_evict(kept, budget, scores)
+            if away:
+                held = dict(zip(candidates, scores, strict=True))
+                for block in evicted:
+                    del held[block]
+                most, margin = self.recall_blocks, RECALL_MARGIN
+                if is_question:
+                    most, margin = len(held), 0.0
+                recallable = dict(zip(away, of_away, strict=True))
+                swaps = blocks_to_swap(held, recallable, most, margin)
+                stats.wanted_blocks += len(held)
             if asked_in_step is not None and self.is_first:
                 stats.score_ages[self.num_steps - asked_in_step] += 1
         except POLICY_ERRORS:  # a policy is anybody's code
@@ -385,9 +542,23 @@ class SemanticManager(FullAttentionManager):
             point,
             candidates,
             scores,
-            evicted,
+            sorted([*evicted, *(goes for goes, _ in swaps)]),
+            sorted(comes for _, comes in swaps),
         )
-        return evicted
+        return evicted, swaps
+
+    def _within_pool(self, request_id: str, swaps: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """As many of the swaps as the pool has room for.
+
+        What goes makes the room for what comes, unless another request holds it too.
+        """
+        num_free = self.block_pool.get_num_free_blocks()
+        blocks = self.req_to_blocks[request_id]
+        for n, (goes, _) in enumerate(swaps):
+            num_free += (blocks[goes].ref_cnt == 1) - 1
+            if num_free < 0:
+                return swaps[:n]
+        return swaps
 
     def _num_kept_at(self, request_id: str, num_tokens: int, least_blocks: int) -> int:
         """Blocks that the group of layers with the least budget would keep.
@@ -408,6 +579,10 @@ class SemanticManager(FullAttentionManager):
             return  # another group of layers keeps fewer
         blocks = self.req_to_blocks[request_id]
         freed = [blocks[i] for i in block_indices]
+        if self.host is not None and self.policy_of(request_id).recalls:
+            owner = Owner(self.kv_cache_group_id, request_id)
+            for i, block in zip(block_indices, freed, strict=True):
+                stats.dropped_blocks += self.host.keep(owner, i, block.block_id, block.block_hash)
         for i in block_indices:
             blocks[i] = self._null_block
         # The newest first, as vLLM frees a request: the oldest stay shareable longest.
@@ -415,3 +590,18 @@ class SemanticManager(FullAttentionManager):
         self._evictions.setdefault(request_id, []).extend(block_indices)
         stats.evicted_blocks += len(block_indices)
         stats.recovered_blocks += len(block_indices)
+
+    def _recall(self, request_id: str, block_indices: BlockIndices) -> None:
+        """Give blocks that come back a place on the device; the next step copies them there."""
+        assert self.host is not None
+        stats = self.stats_by_policy[self.policy_of(request_id).name]
+        owner = Owner(self.kv_cache_group_id, request_id)
+        table = self.req_to_blocks[request_id]
+        recalls = self._recalls.setdefault(request_id, {})
+        new_blocks = self.block_pool.get_new_blocks(len(block_indices))
+        for i, block in zip(block_indices, new_blocks, strict=True):
+            table[i] = block
+            recalls[i] = block.block_id
+            self.host.recall(owner, i, block.block_id)
+        stats.recalled_blocks += len(block_indices)
+        stats.recovered_blocks -= len(block_indices)

@@ -42,6 +42,12 @@ class RequestBlocks:
     num_fallbacks: int = 0
     """Eviction points at which the policy failed and the oldest blocks went."""
 
+    last_point: int = 0
+    """Tokens computed at the last eviction point, or when the end of a prompt was read again."""
+
+    prompt_read: int = 0
+    """The end of the prompt whose last tokens have been read again, or need not be."""
+
     @property
     def num_evicted(self) -> int:
         return self.num_seen - len(self.kept)
@@ -56,8 +62,16 @@ class RequestBlocks:
         candidates: Sequence[int],
         point: int,
         extra_args: Mapping[str, Any],
+        forgets: bool = False,
     ) -> Sequence[float]:
-        """Score each candidate for eviction at an eviction point, as the policy says.
+        """Score each candidate at an eviction point, as the policy says.
+
+        Args:
+            policy: of the request.
+            candidates: blocks that may be evicted, or come back.
+            point: the eviction point.
+            extra_args: the request's own.
+            forgets: whether earlier scores count no more, whatever the policy's decay.
 
         Raises:
             LookupError: the workers sent no scores.
@@ -66,7 +80,9 @@ class RequestBlocks:
             Exception: whatever a policy raises.
         """
         if policy.scores_blocks:
-            scores = self._received(candidates, point, policy.decay)
+            scores = self._received(
+                candidates, point, policy.decay, {} if forgets else self.past_scores
+            )
         else:
             ranks = policy.rank(list(candidates), point, extra_args)  # a copy: they may change it
             scores = checked_ranks(ranks, len(candidates))
@@ -74,13 +90,14 @@ class RequestBlocks:
             raise ValueError("every score is NaN")
         return scores
 
-    def _received(self, candidates: Sequence[int], point: int, decay: float) -> Sequence[float]:
+    def _received(
+        self, candidates: Sequence[int], point: int, decay: float, past: Mapping[int, float]
+    ) -> Sequence[float]:
         """What the workers sent, and what is left of earlier scores."""
         found = self.scores.pop(point, {})
         if not all(i in found for i in candidates):
             raise LookupError("no scores came from the workers")
         if decay:
-            past = self.past_scores
             found = {i: score + decay * past.get(i, 0.0) for i, score in found.items()}
             # What is not finite would never decay.
             self.past_scores = {i: score for i, score in found.items() if math.isfinite(score)}

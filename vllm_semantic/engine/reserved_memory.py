@@ -9,6 +9,7 @@ import torch
 from vllm.utils.math_utils import cdiv
 
 from ..policies.trial import AttentionShape
+from ..recall import GIB
 from .query_windows import QueryWindows
 from .scorer import scratch_bytes
 from .spec import SemanticSpec
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.kv_cache_interface import KVCacheSpec
-
-GIB = 1 << 30
 
 
 class ReservedMemory(NamedTuple):

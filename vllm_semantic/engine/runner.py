@@ -22,6 +22,10 @@ class RunnerAccess(ABC):
         """The requests of the batch whose metadata is being built, row by row."""
 
     @abstractmethod
+    def rewind(self, request_id: str, num_tokens: int) -> None:
+        """Have a running request compute again what follows its first ``num_tokens`` tokens."""
+
+    @abstractmethod
     def copy_stream(self) -> torch.cuda.Stream | None:
         """What this step's output is copied to the host on; ``None``: not asynchronously."""
 
@@ -36,6 +40,9 @@ class RunnerV1(RunnerAccess):
 
     def batch_order(self, common: CommonAttentionMetadata) -> Sequence[str]:
         return self._runner.input_batch.req_ids
+
+    def rewind(self, request_id: str, num_tokens: int) -> None:
+        """Nothing: the runner takes the number from the scheduler in each step."""
 
     def copy_stream(self) -> torch.cuda.Stream | None:
         return self._runner.async_output_copy_stream
@@ -52,6 +59,13 @@ class RunnerV2(RunnerAccess):
     def batch_order(self, common: CommonAttentionMetadata) -> Sequence[str]:
         slots = self._runner.req_states.index_to_req_id
         return [slots[slot] for slot in common.req_idx]  # type: ignore[union-attr]
+
+    def rewind(self, request_id: str, num_tokens: int) -> None:
+        """The device counts for itself; on the host the runner takes the scheduler's number."""
+        states = self._runner.req_states
+        slot = states.req_id_to_index[request_id]
+        states.num_computed_tokens.stage_write_elem(slot, num_tokens)
+        states.num_computed_tokens.apply_write()
 
     def copy_stream(self) -> torch.cuda.Stream | None:
         return self._runner.output_copy_stream

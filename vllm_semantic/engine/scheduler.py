@@ -23,6 +23,7 @@ from ..messages import (
 )
 from ..policies import KVPolicy
 from ..served import REQUEST_KEY
+from .host_pool import HostPool
 from .kv_cache_manager import SemanticKVCacheManager
 from .manager import SemanticManager
 from .spec import SemanticSpec
@@ -61,10 +62,13 @@ class KVPolicyMixin(Scheduler):
         assert isinstance(spec, SemanticSpec)
         self.served_policies, self._policy_block_size = spec.served, spec.block_size
         self.peak_kv_blocks = 0
+        self.host_pool = HostPool(spec.host_slots) if spec.host_slots else None
+        self.kv_cache_manager.host_pool = self.host_pool
         self._stopped_while_preempted: list[Request] = []
         for manager in self.kv_policy_managers.values():
             manager.requests = self.requests
             manager.is_first = manager is self._points_manager
+            manager.host = self.host_pool
         self._log_policy(spec)
 
     def add_request(self, request: Request) -> None:
@@ -82,14 +86,23 @@ class KVPolicyMixin(Scheduler):
         """Schedule a step; tell the workers what was evicted and what to score."""
         for manager in self.kv_policy_managers.values():
             manager.num_steps += 1
+        points = self._points_manager
+        if points.questions:
+            self._answer_questions()
         output = super().schedule(*args, **kwargs)
         step = KVPolicyStep()
         for group_id, manager in self.kv_policy_managers.items():
             if evictions := manager.take_evictions():
                 step.evictions[group_id] = evictions
+            if recalls := manager.take_recalls():
+                step.recalls[group_id] = recalls
+        if self.host_pool is not None:
+            step.copies = self.host_pool.take_copies()
+        for request_id in points.rewinds.keys() & output.num_scheduled_tokens.keys():
+            step.rewinds[request_id] = points.rewinds.pop(request_id)
         if self.served_policies.rules:
             self._ask_for_scores(step, output)
-        if step.evictions or step.keeps_queries:
+        if step.evictions or step.keeps_queries or step.copies or step.recalls or step.rewinds:
             attach_step(output, step)
         pool = self.kv_cache_manager.block_pool
         held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
@@ -170,6 +183,8 @@ class KVPolicyMixin(Scheduler):
                 if asked is None:  # in no group, then
                     break
                 step.score_requests.setdefault(group_id, {})[request_id] = asked
+            if points.question_point(request, end - 1) == end:
+                points.questions[request_id] = end
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
         """Let a session's prompt grow: what was eviction points stays, what comes is found anew."""
@@ -180,8 +195,7 @@ class KVPolicyMixin(Scheduler):
         note_turn(session)
         super()._update_request_as_session(session, update)
         session.num_computed_tokens = num_computed_tokens
-        self.kv_cache_manager.forget(session.request_id)
-        self._points_manager.forget_points(session.request_id)
+        self._forget_progress(session)
         began_with = policy_of(session, self.served_policies.default)
         before = self.served_policies.to_request(began_with)
         policy = self._choose_policy(session, extra_args_of(session).get(REQUEST_KEY, before))
@@ -211,6 +225,8 @@ class KVPolicyMixin(Scheduler):
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         """End a chunk at the request's next eviction point; vLLM's last word on its size."""
+        if request.request_id in self._points_manager.questions:
+            return 0  # its turn comes once the scores are there
         if num_new_tokens <= 1:  # nothing to shorten; vLLM reserves for drafts only
             return max(num_new_tokens, 0)
         num_new_tokens = super()._reserve_prefill_lookahead(
@@ -238,6 +254,31 @@ class KVPolicyMixin(Scheduler):
             blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
             boundary = num_tokens + num_uncached if num_uncached else 0
         return blocks, num_tokens, boundary, diverged
+
+    def _answer_questions(self) -> None:
+        """Choose what the ends of prompts are read with, and have them read again.
+
+        The tokens that ask have been computed without what they ask for, so that nothing of it
+        is in them: recalled blocks that only the last token saw would help it little.
+        """
+        points, managers = self._points_manager, self.kv_policy_managers.values()
+        for request_id, point in list(points.questions.items()):
+            request = self.requests[request_id]
+            if request.num_in_flight_tokens:
+                continue
+            del points.questions[request_id]
+            before = points.last_point(request_id)
+            if not sum(manager.answer(request, point) for manager in managers):
+                continue
+            first = max(manager.first_to_reread(request, before) for manager in managers)
+            if first < point:
+                request.num_computed_tokens = points.rewinds[request_id] = first
+                self._forget_progress(request)
+
+    def _forget_progress(self, request: Request) -> None:
+        """What is remembered of a request up to its next point no longer holds."""
+        self.kv_cache_manager.forget(request.request_id)
+        self._points_manager.forget_points(request.request_id)
 
     def _group_kinds(self) -> str:
         groups = self.kv_cache_config.kv_cache_groups

@@ -19,11 +19,15 @@ from ..policies import BlockView, KVPolicy
 from ..policies.check import POLICY_ERRORS
 from ..policies.trial import AttentionShape, checked_scores
 from .cached_kv import CachedKV
+from .host_blocks import HostBlocks
 from .query_windows import QueryWindows
 
 logger = init_logger(f"vllm.{__name__}")
 
 _T = TypeVar("_T")
+
+Gather = Callable[[torch.Tensor], torch.Tensor]
+"""Keys, or values, of blocks by their ids: see ``CachedKV.gather_keys``."""
 
 MAX_GATHERED = 1 << 25
 """Elements of keys that are gathered at once, 128 MiB in fp32; layers are split to stay below."""
@@ -40,6 +44,8 @@ class ScoredLayers:
     queries: torch.Tensor  # [num_layers, num_rows, num_heads, head_size], see QueryWindows
     scale: float
     """What these layers multiply a dot product with."""
+    host: CachedKV | None = None
+    """Their evicted blocks in host memory, if any can be recalled; see :class:`HostBlocks`."""
 
 
 def scratch_bytes(
@@ -111,7 +117,7 @@ class PendingScores:
     def _split(self, group_id: int) -> Iterator[tuple[str, list[float]]]:
         scores = iter(self._on_host[group_id].tolist())
         for request_id, request in self._asked[group_id].items():
-            yield request_id, [next(scores) for _ in request.block_indices]
+            yield request_id, [next(scores) for _ in request.scored_indices]
 
 
 class BlockScorer:
@@ -121,6 +127,7 @@ class BlockScorer:
         groups: the layers of each KV cache group under the policy.
         windows: which rows hold a request's newest queries.
         mean_over_ranks: means of a tensor over the tensor-parallel ranks.
+        host: what evicted blocks can be read from, if any can be recalled.
     """
 
     def __init__(
@@ -128,10 +135,12 @@ class BlockScorer:
         groups: Mapping[int, Sequence[ScoredLayers]],
         windows: QueryWindows,
         mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda scores: scores,
+        host: HostBlocks | None = None,
     ) -> None:
         self.groups = groups
         self.windows = windows
         self.mean_over_ranks = mean_over_ranks
+        self.host = host
         self.failed: set[str] = set()
         """Requests whose scoring has failed, and was logged."""
         self._no_kernel: set[type[KVPolicy]] = set()
@@ -151,8 +160,8 @@ class BlockScorer:
         Returns:
             One score per full block asked for, in order; NaN where the policy failed.
         """
-        # Requests under one policy are scored together, and answered in that order.
-        asked = {group_id: _by_policy(requests) for group_id, requests in asked.items()}
+        # Requests of one kind are scored together, and answered in that order.
+        asked = {group_id: _by_kind(requests) for group_id, requests in asked.items()}
         means = {
             group_id: self._score_group(self.groups[group_id], requests)
             for group_id, requests in asked.items()
@@ -167,7 +176,7 @@ class BlockScorer:
         self, group: Sequence[ScoredLayers], asked: Mapping[str, ScoreRequest]
     ) -> torch.Tensor:
         scores = []
-        for policy, items in groupby(asked.items(), key=lambda item: item[1].policy):
+        for (policy, _), items in groupby(asked.items(), key=lambda item: _kind(item[1])):
             requests = dict(items)
             of_policy = self._attempt(
                 partial(self._score_cached, policy, group, requests), group, requests
@@ -202,7 +211,7 @@ class BlockScorer:
                     ", ".join(asked),
                 )
             self.failed |= asked.keys()
-            num_blocks = sum(len(request.block_indices) for request in asked.values())
+            num_blocks = sum(len(request.scored_indices) for request in asked.values())
             return torch.full((num_blocks,), float("nan"), device=group[0].queries.device)
 
     def _score_cached(
@@ -211,6 +220,8 @@ class BlockScorer:
         """All requests by the policy's kernel, if it has one: means over layers."""
         if not has_kernel(policy) or type(policy) in self._no_kernel:
             return None
+        if any(request.recallable for request in asked.values()):
+            return None  # kernels read the cache alone
         places: list[list[int]] = [[], [], []]
         windows, full = [], []
         for i, (request_id, request) in enumerate(asked.items()):
@@ -265,18 +276,28 @@ class BlockScorer:
             [request.held_indices, request.block_ids], device, torch.int64
         )
         rows = async_tensor_h2d(self._window(request_id, request), device, torch.int64)
+        slots = list(request.recallable.values())
+        if slots:  # put in order, the block being filled last
+            recallable = async_tensor_h2d(list(request.recallable), device, torch.int64)
+            block_indices, order = torch.cat((block_indices, recallable)).sort()
 
         def num_gathered(layers: ScoredLayers) -> int:
-            return len(block_ids) * layers.cache.block_numel
+            return len(block_indices) * layers.cache.block_numel
 
         scores = []
         for layers in _some_at_once(group, num_gathered, MAX_GATHERED):
             num_layers = len(layers.queries)
             with threads_for(num_gathered(layers) * num_layers):
+                keys, values = layers.cache.gather_keys, layers.cache.gather_values
+                if slots:
+                    assert self.host is not None and layers.host is not None
+                    host, places = self.host.on_device(layers.host, slots)
+                    keys = partial(_both, keys, host.gather_keys, places, order)
+                    values = partial(_both, values, host.gather_values, places, order)
                 view = BlockView(
                     layers.queries.index_select(1, rows).float(),
-                    layers.cache.gather_keys(block_ids).float(),
-                    partial(_values, layers.cache, block_ids),
+                    keys(block_ids).float(),
+                    partial(_as_float, values, block_ids),
                     block_indices,
                     request.num_tokens,
                     layers.scale,
@@ -308,15 +329,36 @@ def _some_at_once(
             continue
         for first in range(0, len(layers.queries), step):
             part = slice(first, first + step)
-            cache = replace(layers.cache, kv_cache=layers.cache.kv_cache[part])
-            yield replace(layers, cache=cache, queries=layers.queries[part])
+            cache, host = layers.cache, layers.host
+            yield replace(
+                layers,
+                cache=replace(cache, kv_cache=cache.kv_cache[part]),
+                queries=layers.queries[part],
+                host=host and replace(host, kv_cache=host.kv_cache[part]),
+            )
 
 
-def _values(cache: CachedKV, block_ids: torch.Tensor) -> torch.Tensor:
-    return cache.gather_values(block_ids).float()
+def _as_float(gather: Gather, block_ids: torch.Tensor) -> torch.Tensor:
+    return gather(block_ids).float()
 
 
-def _by_policy(asked: Mapping[str, ScoreRequest]) -> dict[str, ScoreRequest]:
-    """The same requests, those under one policy behind each other; on every rank alike."""
-    order = {policy: i for i, policy in enumerate(dict.fromkeys(r.policy for r in asked.values()))}
-    return dict(sorted(asked.items(), key=lambda item: order[item[1].policy]))
+def _both(
+    gather: Gather,
+    gather_host: Gather,
+    places: torch.Tensor,
+    order: torch.Tensor,
+    block_ids: torch.Tensor,
+) -> torch.Tensor:
+    """Blocks of the cache and of host memory, in the order of their sequence."""
+    return torch.cat((gather(block_ids), gather_host(places)), dim=1).index_select(1, order)
+
+
+def _kind(request: ScoreRequest) -> tuple[KVPolicy, bool]:
+    """What requests that are scored together have in common."""
+    return request.policy, bool(request.recallable)
+
+
+def _by_kind(asked: Mapping[str, ScoreRequest]) -> dict[str, ScoreRequest]:
+    """The same requests, those of one kind behind each other; on every rank alike."""
+    order = {kind: i for i, kind in enumerate(dict.fromkeys(map(_kind, asked.values())))}
+    return dict(sorted(asked.items(), key=lambda item: order[_kind(item[1])]))

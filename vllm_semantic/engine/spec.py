@@ -14,6 +14,7 @@ from ..hooks import register_spec
 from ..layer_groups import split_layers
 from ..policies import KVPolicy
 from ..policies.base import BlockBudget
+from ..recall import host_slots
 from ..served import ServedPolicies
 from .manager import SemanticManager
 
@@ -46,10 +47,18 @@ class SemanticSpec(FullAttentionSpec):
     layer_group: int = 0
     """Which of the groups of layers that evict for themselves the layer is in."""
 
+    host_slots: int = 0
+    """Evicted blocks that host memory holds, each of all layers of a group."""
+
     @property
     def policy(self) -> KVPolicy:
         """The policy of a request that asks for none."""
         return self.served.default
+
+    @property
+    def recall_blocks(self) -> int:
+        """See :class:`~..served.ServedPolicies`."""
+        return self.served.recall_blocks
 
     @property
     def max_admission_blocks(self) -> int | None:
@@ -126,6 +135,7 @@ class SemanticSpec(FullAttentionSpec):
             max_in_flight_tokens=first.max_in_flight_tokens,
             eviction_delay=first.eviction_delay,
             layer_group=first.layer_group,
+            host_slots=first.host_slots,
         )
 
 
@@ -147,20 +157,29 @@ def semantic_specs(
     """Put the full-attention layers of a model under a policy, in the groups that are served.
 
     Raises:
-        ValueError: the layers cannot be split into so many groups.
+        ValueError: the layers cannot be split into so many groups, or host memory is too small.
     """
     page_sizes = {
         name: spec.page_size_bytes for name, spec in specs.items() if goes_under_policy(spec)
     }
     groups = split_layers(page_sizes, served.layer_groups)
+    of_rank = sum(page_sizes.values()) // served.layer_groups
+    num_slots = 0
+    if page_sizes:
+        tp_size = vllm_config.parallel_config.tensor_parallel_size
+        num_slots = host_slots(served.recall_gib, of_rank * tp_size)
     return {
-        name: semantic_spec(spec, served, vllm_config, groups.get(name, 0))
+        name: semantic_spec(spec, served, vllm_config, groups.get(name, 0), num_slots)
         for name, spec in specs.items()
     }
 
 
 def semantic_spec(
-    spec: KVCacheSpec, served: ServedPolicies, vllm_config: VllmConfig, layer_group: int = 0
+    spec: KVCacheSpec,
+    served: ServedPolicies,
+    vllm_config: VllmConfig,
+    layer_group: int = 0,
+    num_slots: int = 0,
 ) -> KVCacheSpec:
     """Put a full-attention layer under a policy; any other layer stays as it is."""
     if not goes_under_policy(spec):
@@ -173,4 +192,5 @@ def semantic_spec(
         max_in_flight_tokens=vllm_config.max_in_flight_tokens,
         eviction_delay=int(vllm_config.scheduler_config.async_scheduling or 0),
         layer_group=layer_group,
+        host_slots=num_slots,
     )

@@ -37,6 +37,15 @@ class EvictionStats:
     fallbacks: int = 0
     """Evictions by age where the policy should have chosen and failed."""
 
+    recalled_blocks: int = 0
+    """Blocks that came back from host memory."""
+
+    wanted_blocks: int = 0
+    """Blocks that were chosen where some could come back, those that did included."""
+
+    dropped_blocks: int = 0
+    """Evicted blocks that requests could no longer have back: host memory was full."""
+
     recovered_blocks: int = 0
     """What the running requests have given up. Not a counter: it falls as they finish."""
 

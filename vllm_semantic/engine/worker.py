@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,12 @@ from ..messages import (
     step_of,
 )
 from ..policies.trial import num_judged_blocks
+from ..recall import GIB
 from ..served import CONFIG_KEY, ServedPolicies
 from .backend import CapturingImpl, CompactingBuilder, StepBuffers
 from .cached_kv import CachedKV, Places, stack_layers
 from .held_blocks import HeldBlocks, HeldRows
+from .host_blocks import HostBlocks
 from .layers import check_layers
 from .pool import explain_shortage
 from .query_windows import QueryWindows
@@ -117,14 +120,12 @@ class KVPolicyWorkerMixin(Worker):
         self._windows = QueryWindows(
             self.served_policies.num_queries, self.scheduler_config.max_num_seqs
         )
-        self._block_scorer = BlockScorer(
-            {
-                group_id: self._connect(group_id, attn_groups)
-                for group_id, attn_groups in enumerate(self.model_runner.attn_groups)
-            },
-            self._windows,
-            self._mean_over_ranks,
-        )
+        scored = {
+            group_id: self._connect(group_id, attn_groups)
+            for group_id, attn_groups in enumerate(self.model_runner.attn_groups)
+        }
+        self._host = self._host_blocks(kv_cache_config, scored)
+        self._block_scorer = BlockScorer(scored, self._windows, self._mean_over_ranks, self._host)
         backends = {
             attn_group.backend.__name__
             for group_id in self._held
@@ -158,7 +159,12 @@ class KVPolicyWorkerMixin(Worker):
         """Note what was evicted, run, and score what was asked."""
         step = step_of(scheduler_output) or KVPolicyStep()
         self._forget(scheduler_output)
+        if step.copies:
+            assert self._host is not None
+            self._host.copy(step.copies)
         self._apply_evictions(step)
+        for request_id, num_tokens in step.rewinds.items():
+            self.runner_access.rewind(request_id, num_tokens)
         self._begin_step(step.keeps_queries)
         try:
             output = super().execute_model(scheduler_output)
@@ -213,6 +219,9 @@ class KVPolicyWorkerMixin(Worker):
         for group_id, evictions in step.evictions.items():
             for request_id, blocks in evictions.items():
                 self._held[group_id].evict(request_id, blocks)
+        for group_id, recalls in step.recalls.items():
+            for request_id, places in recalls.items():
+                self._held[group_id].recall(request_id, places)
 
     def _begin_step(self, keeps_queries: set[str]) -> None:
         self._in_step, self._keeps_queries = True, keeps_queries
@@ -282,6 +291,32 @@ class KVPolicyWorkerMixin(Worker):
                 ):
                     scored += self._connect_layers(list(alike), kernel_blocks)
         return scored
+
+    def _host_blocks(
+        self, kv_cache_config: KVCacheConfig, scored: dict[int, list[ScoredLayers]]
+    ) -> HostBlocks | None:
+        """Host memory for evicted blocks, where some was asked for; the layers get their part."""
+        groups = {group_id: layers for group_id, layers in scored.items() if layers}
+        specs = [kv_cache_config.kv_cache_groups[group_id].kv_cache_spec for group_id in groups]
+        num_slots = next((s.host_slots for s in specs if isinstance(s, SemanticSpec)), 0)
+        if not num_slots:
+            return None
+        host = HostBlocks(
+            {group_id: [of.cache for of in layers] for group_id, layers in groups.items()},
+            num_slots,
+            self.model_runner.device,
+        )
+        for group_id, layers in groups.items():
+            caches = host.caches(group_id)
+            scored[group_id] = [
+                replace(of, host=cache) for of, cache in zip(layers, caches, strict=True)
+            ]
+        logger.info(
+            "KV policy %s: host memory for evicted blocks: %.2f GiB",
+            self.served_policies.default.name,
+            host.num_bytes / GIB,
+        )
+        return host
 
     def _step_buffers(self, max_num_blocks: int) -> StepBuffers:
         return StepBuffers(

@@ -18,7 +18,10 @@ from .view import BlockView
 SINK, RECENT = "sink_tokens", "recent_tokens"
 """The parts of a budget that no score decides about."""
 
-FINAL = ("budget", "budget_tokens", "options", "parts", "scores_blocks")
+RECALL = "recall"
+"""The option by which blocks of a request do not come back."""
+
+FINAL = ("budget", "budget_tokens", "options", "parts", "recalls", "scores_blocks")
 """What the engine relies on, in every step and outside of what guards against a policy."""
 
 
@@ -146,6 +149,12 @@ class KVPolicy(ABC):
         """Whether the workers are asked for scores: not where :meth:`rank` answers."""
         return self._judge == "score" and any(self._selected_parts)
 
+    @cached_property
+    def recalls(self) -> bool:
+        """Whether blocks that were evicted may come back, where there is host memory for them:
+        those of a policy that scores blocks, unless it has an option ``recall`` that is off."""
+        return self.scores_blocks and bool(getattr(self, RECALL, True))
+
     def budget(self, block_size: int) -> BlockBudget:
         """Round each part of the budget up to whole blocks of ``block_size`` tokens."""
         return BlockBudget(
@@ -220,3 +229,4 @@ class SelectivePolicy(KVPolicy):
     sink_tokens: int = 8
     recent_tokens: int = 64
     selected_tokens: int = 192  # type: ignore[assignment, unused-ignore]
+    recall: bool = True

@@ -31,6 +31,8 @@ RESERVED = (
     "max_request_tokens",
     "layer_groups",
     "layer_skew_tokens",
+    "recall_gib",
+    "recall_blocks",
 )
 """What no option can be called: read of the class, or of a request beside its options."""
 

@@ -1,6 +1,7 @@
 """Which blocks to evict, and when. Pure functions on block indices."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from .base import BlockBudget
@@ -95,5 +96,39 @@ def blocks_to_evict(kept: Sequence[int], budget: BlockBudget, scores: Sequence[f
     candidates = budget.candidates(kept)
     if len(scores) != len(candidates):
         raise ValueError(f"{len(scores)} scores for {len(candidates)} candidate blocks")
-    ranked = sorted(zip((s if s == s else float("-inf") for s in scores), candidates, strict=True))
+    ranked = sorted(zip(map(_number, scores), candidates, strict=True))
     return sorted(block for _, block in ranked[:num_evicted])
+
+
+def _number(score: float) -> float:
+    """A score that compares: NaN is below all."""
+    return score if score == score else -math.inf
+
+
+def blocks_to_swap(
+    held: Mapping[int, float], recallable: Mapping[int, float], most: int, margin: float
+) -> list[tuple[int, int]]:
+    """Choose the blocks that a request recalls, and those that make room for them.
+
+    Args:
+        held: scores, by logical index, of the blocks within the budget that may go.
+        recallable: scores of those that may come back.
+        most: pairs.
+        margin: by which share of its own score a block has to be beaten, so that two blocks do not
+            take turns.
+
+    Returns:
+        Pairs of one that goes and one that comes back, those that gain most first. NaN never comes
+        back, and goes first.
+    """
+
+    worst = sorted((_number(score), block) for block, score in held.items())
+    best = sorted(((_number(score), block) for block, score in recallable.items()), reverse=True)
+    pairs = []
+    for (its_score, goes), (score, comes) in zip(worst[:most], best, strict=False):
+        # What is as low as can be, or NaN, is beaten by any number.
+        needed = its_score + margin * abs(its_score) if its_score > -math.inf else its_score
+        if not score > needed:
+            break
+        pairs.append((goes, comes))
+    return pairs

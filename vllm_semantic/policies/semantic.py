@@ -35,6 +35,8 @@ class SemanticPolicy(KVPolicy):
     ``heads`` says what the heads of a layer together make of a block: the ``mean``, or what the
     head says to which it is worth most, ``max``. Under tensor parallelism the ``max`` is over
     the heads of a rank.
+
+    ``recall`` says whether evicted blocks may come back, where there is host memory for them.
     """
 
     name: ClassVar[str] = "semantic"
@@ -48,6 +50,7 @@ class SemanticPolicy(KVPolicy):
     semantic_tokens: int = 192
     similarity: str = "attention"
     heads: Heads = "mean"
+    recall: bool = True
 
     @property
     def num_queries(self) -> int:  # type: ignore[override]
