@@ -92,6 +92,7 @@ def _variant(policy: str, cls: type[KVPolicy], words: Sequence[str]) -> dict[str
     # Nothing comes back under a name that does not say so, whatever the server has.
     chosen: dict[str, Any] = {RECALL: False} if RECALL in cls.options() else {}
     allowed = {word: option for option, of in cls.choices.items() for word in of}
+    of_any = [f"{RECENT}=TOKENS", RECALL] if cls().selected_tokens else []
     for word in words:
         option, _, tokens = word.rpartition("=")
         if word == RECALL and cls().recalls:
@@ -102,8 +103,8 @@ def _variant(policy: str, cls: type[KVPolicy], words: Sequence[str]) -> dict[str
             chosen[RECENT] = int(tokens)
         else:
             raise ValueError(
-                f"--policies {policy!r}: {word!r} is no variant of it; allowed: "
-                f"{', '.join([*allowed, *[f'{RECENT}=TOKENS', RECALL] * bool(cls().selected_tokens)])}"
+                f"--policies {policy!r}: {word!r} is no variant of it; "
+                f"allowed: {', '.join([*allowed, *of_any])}"
             )
     return chosen
 

@@ -16,9 +16,11 @@ from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_semantic.engine.held_blocks import HeldBlocks
+from vllm_semantic.engine.host_pool import HostPool
 from vllm_semantic.engine.query_windows import QueryWindows
-from vllm_semantic.messages import KVPolicyStep, attach_scores, step_of
+from vllm_semantic.messages import KVPolicyStep, Owner, attach_scores, step_of
 from vllm_semantic.policies import KVPolicy
+from vllm_semantic.policies.base import BlockBudget
 
 VOCAB_SIZE = 97
 
@@ -59,77 +61,144 @@ class Tokens:
 
 
 @dataclass
-class ExpectedEvictions:
-    """What a request alone evicts in a group of layers, computed from its beginning with plain
+class ExpectedGroup:
+    """What a request alone holds in a group of layers, computed from its beginning with plain
     sets."""
+
+    policy: KVPolicy
+    group: int
+    shift: int
+    """Blocks that the group keeps beyond the policy's budget."""
+    alive: set[int] = field(default_factory=set)
+    away: set[int] = field(default_factory=set)
+    """Evicted, and not back."""
+    evicted: dict[int, list[int]] = field(default_factory=dict)
+    """Computed tokens at each eviction point at which blocks went -> these."""
+    recalled: dict[int, list[int]] = field(default_factory=dict)
+    """The same of those that came back."""
+    scores: dict[int, float] = field(default_factory=dict)
+    seen: list[tuple[int, int, frozenset[int]]] = field(default_factory=list)
+    """Point by point, from which token on the request sees all but which blocks."""
+
+    def gone_at(self, position: int, num_tokens: int) -> frozenset[int]:
+        """What the token at ``position`` could not see when it was computed last.
+
+        Args:
+            position: of the token.
+            num_tokens: the last point so far.
+        """
+        seen = [gone for n, first, gone in self.seen if n <= num_tokens and first <= position]
+        return seen[-1] if seen else frozenset()
+
+    def choose(self, n: int, budget: BlockBudget, most_recalled: int, margin: float) -> None:
+        """Evict down to the budget, then swap while what is away is worth more."""
+        blocks = sorted(self.alive)
+        middle = blocks[budget.sink : len(blocks) - budget.recent]
+        by_age = not self.policy.selected_tokens
+        gone: set[int] = set()
+        while len(self.alive) > budget.total:
+            worst = min(middle, key=lambda b: (0 if by_age else self.scores[b], b))
+            middle.remove(worst)
+            gone.add(worst)
+            self.alive.remove(worst)
+        back: set[int] = set()
+        while middle and self.away and len(back) < most_recalled:
+            worst = min(middle, key=lambda b: (self.scores[b], b))
+            best = max(self.away, key=lambda b: (self.scores[b], b))
+            if self.scores[best] <= self.scores[worst] * (1 + margin):
+                break
+            middle.remove(worst)
+            self.away.remove(best)
+            gone.add(worst)
+            back.add(best)
+            self.alive ^= {worst, best}
+        self.away |= gone
+        if gone:
+            self.evicted[n] = sorted(gone)
+        if back:
+            self.recalled[n] = sorted(back)
+
+
+@dataclass
+class ExpectedRequest:
+    """The same in all groups of layers, which have their eviction points in common."""
 
     tokens: Tokens
     policy: KVPolicy
     block_size: int
     prefill_interval: int
-    group: int = 0
-    shift: int = 0
-    """Blocks that the group keeps beyond the policy's budget."""
-    most_shift: int = 0
-    """The same of the group that keeps most; another keeps as many fewer."""
-    held_by_least: int = 0
-    """Blocks in the group that keeps fewest."""
-    alive: set[int] = field(default_factory=set)
+    delay: int = 0
+    """Tokens after an eviction point that still see what goes there."""
+    shifts: tuple[int, ...] = (0,)
+    recalls: bool = False
+    recall_blocks: int = 0
     num_tokens: int = 0
-    evictions: dict[int, list[int]] = field(default_factory=dict)
-    scores: dict[int, float] = field(default_factory=dict)
+    last_point: int = 0
+    first_point: int | None = None
+    questions: list[int] = field(default_factory=list)
+    """Points before the last token of a prompt at which blocks were chosen for it."""
+    reread: list[tuple[int, int]] = field(default_factory=list)
+    """Of these, those after which tokens were read again, and the first of them."""
     turns: list[tuple[int, int]] = field(default_factory=list)
     """Of a session: where a prompt ended, and the answer to it."""
 
-    def until(self, num_tokens: int) -> dict[int, list[int]]:
-        """Computed tokens at each eviction -> logical blocks, up to ``num_tokens``."""
+    def __post_init__(self) -> None:
+        self.groups = [ExpectedGroup(self.policy, *of) for of in enumerate(self.shifts)]
+
+    def until(self, num_tokens: int) -> list[ExpectedGroup]:
+        """The groups once so many tokens have been computed."""
         while self.num_tokens < num_tokens:
             self.num_tokens += 1
             self._advance()
-        return {at: blocks for at, blocks in self.evictions.items() if at <= num_tokens}
+        return self.groups
 
-    def gone_at(self, position: int) -> set[int]:
-        """What the token at ``position`` cannot see."""
-        return {block for blocks in self.until(position).values() for block in blocks}
+    def _budget(self, shift: int) -> BlockBudget:
+        return self.policy.budget(self.block_size).shifted(shift)
 
     def _advance(self) -> None:
         n = self.num_tokens
         ends = (prompt for prompt, answer in self.turns if n <= answer)
         num_prompt = next(ends, len(self.tokens.prompt))
         if n % self.block_size == 0:
-            self.alive.add(n // self.block_size - 1)
-            self.held_by_least += 1
+            for of in self.groups:
+                of.alive.add(n // self.block_size - 1)
+        if not self.policy.bounded:
+            return
         within_prompt = n < num_prompt and n % self.prefill_interval == 0
         after_prompt = n > num_prompt and n % self.block_size == 0
-        if not self.policy.bounded or not (within_prompt or n == num_prompt or after_prompt):
-            return
-        sink, recent, selected = (
-            -(-tokens // self.block_size)
-            for tokens in (
-                self.policy.sink_tokens,
-                self.policy.recent_tokens,
-                self.policy.selected_tokens,
-            )
+        is_point = within_prompt or n == num_prompt or after_prompt
+        least = min(self._budget(shift).total for shift in self.shifts)
+        fewest = min(len(of.alive) for of in self.groups)
+        over_budget = is_point and fewest > least
+        first = self.first_point
+        is_question = (
+            self.recalls and n == num_prompt - 1 and first is not None and first + self.delay < n
         )
-        blocks = sorted(self.alive)
-        middle = blocks[sink : len(blocks) - recent]
-        most = sink + recent + selected + max(-selected, min(selected, self.shift))
-        least = sink + recent + max(0, selected - self.most_shift)
-        if self.held_by_least > least:
-            self.held_by_least = least
-            # What a policy remembers of earlier points: only those at which blocks had to go, in
-            # some group.
-            left = {b: self.policy.decay * score for b, score in self.scores.items()}
-            self.scores = {
-                b: self.tokens.score(n, b, self.group) + left.get(b, 0.0) for b in blocks
+        if not over_budget and not is_question:
+            return
+        # What a policy remembers of earlier points is no answer to a question.
+        decay = 0.0 if is_question else self.policy.decay
+        for of in self.groups:
+            scored = set(of.alive)
+            if is_question or (self.recalls and self.recall_blocks):
+                scored |= of.away
+            of.scores = {
+                b: self.tokens.score(n, b, of.group) + decay * of.scores.get(b, 0.0) for b in scored
             }
-        while len(self.alive) > most:
-            worst = min(middle, key=lambda b: (self.scores[b] if selected else 0, b))
-            middle.remove(worst)
-            self.alive.remove(worst)
-            self.evictions.setdefault(n, []).append(worst)
-        if n in self.evictions:
-            self.evictions[n].sort()
+            most, margin = (10**6, 0.0) if is_question else (self.recall_blocks, 0.1)
+            of.choose(n, self._budget(of.shift), most if self.recalls else 0, margin)
+        reads_from = n + (0 if is_question else self.delay)
+        if is_question:
+            self.questions.append(n)
+            recent = self._budget(0).recent
+            again = max(self.last_point, (n // self.block_size - recent) * self.block_size)
+            if any(n in of.recalled for of in self.groups) and again < n:
+                self.reread.append((n, again))
+                reads_from = again
+        for of in self.groups:
+            of.seen.append((n, reads_from, frozenset(of.away)))
+        self.first_point = self.first_point or n
+        self.last_point = n
 
 
 class Slot(NamedTuple):
@@ -163,7 +232,11 @@ class PagedWorker:
         self.queries: dict[int, tuple[str, int]] = {}
         """Row of the query buffers -> request and position."""
         self.cache: dict[int, dict[int, Slot]] = {}
+        self.host: dict[int, dict[int, Slot]] = {}
+        """By slot of the host pool."""
         self.rows: dict[str, list[list[int]]] = {}
+        self.tables: dict[str, list[list[int]]] = {}
+        """As vLLM's runner has them: what was evicted is still named there."""
         self.gone: dict[str, list[set[int]]] = {}
 
     def execute(self, output: Any, requests: dict[str, Tokens]) -> ModelRunnerOutput:
@@ -172,8 +245,11 @@ class PagedWorker:
         self.windows.forget(gone)
         for held in self.held:
             held.forget(gone)
+        self._copy(step)
         self._apply_evictions(step)
         spans = self._update_rows(output, requests)
+        for request_id, num_tokens in step.rewinds.items():
+            assert spans[request_id][0] == num_tokens
         for group in self.groups:
             self._check_held(group, {r: end for r, (_, end, _) in spans.items()})
             for request_id, (start, end, _) in spans.items():
@@ -219,6 +295,12 @@ class PagedWorker:
             num_kept = -(-num_tokens // self.block_size)
             assert columns[:num_kept].tolist() == kept[:num_kept]
             assert num_tokens <= len(kept) * self.block_size
+            of_tables = self.tables[request_id][group]
+            ids = [of_tables[i] for i in kept[:num_kept]]
+            if held.block_ids is not None:
+                back = held.block_ids[list(seq_lens).index(request_id)]
+                ids = [int(b) or i for b, i in zip(back[:num_kept], ids, strict=True)]
+            assert ids == [row[i] for i in kept[:num_kept]]
 
     def _keep_queries(self, wanted: set[str], spans: dict[str, tuple[int, int]]) -> None:
         assert wanted <= spans.keys()
@@ -239,6 +321,17 @@ class PagedWorker:
         assert shown == [(request_id, position) for position in range(first, end)]
         assert self.windows.newest_row(request_id, end) == rows[-1]
 
+    def _copy(self, step: KVPolicyStep) -> None:
+        if step.copies is None:
+            return
+        out, back = step.copies
+        assert len({copy.slot for copy in out}) == len(out), "two blocks in one slot"
+        assert len({copy.block_id for copy in back}) == len(back)
+        for copy in out:
+            self.host[copy.slot] = dict(self.cache[copy.block_id])
+        for copy in back:
+            self.cache[copy.block_id] = dict(self.host[copy.slot])
+
     def _apply_evictions(self, step: KVPolicyStep) -> None:
         for group, evictions in step.evictions.items():
             for request_id, blocks in evictions.items():
@@ -249,6 +342,14 @@ class PagedWorker:
                     row[block] = 0
                 self.gone[request_id][group] |= set(blocks)
                 self.held[group].evict(request_id, blocks)
+        for group, recalls in step.recalls.items():
+            for request_id, places in recalls.items():
+                assert list(places) == sorted(places)
+                for block, block_id in places.items():
+                    assert self.rows[request_id][group][block] == 0, "came back, but was here"
+                    self.rows[request_id][group][block] = block_id
+                self.gone[request_id][group] -= places.keys()
+                self.held[group].recall(request_id, places)
 
     def _update_rows(
         self, output: Any, requests: dict[str, Tokens]
@@ -257,9 +358,11 @@ class PagedWorker:
         spans = {}
         for request_id in output.finished_req_ids:
             self.rows.pop(request_id, None)
+            self.tables.pop(request_id, None)
             self.gone.pop(request_id, None)
         for new in output.scheduled_new_reqs:
             self.rows[new.req_id] = [list(block_ids) for block_ids in new.block_ids]
+            self.tables[new.req_id] = [list(block_ids) for block_ids in new.block_ids]
             # A session's next turn comes as a new request, with what it has lost.
             self.gone[new.req_id] = [
                 {i for i, block in enumerate(block_ids) if not block} for block_ids in new.block_ids
@@ -270,9 +373,11 @@ class PagedWorker:
             new_block_ids = cached.new_block_ids[i] or [[] for _ in self.groups]
             if request_id in cached.resumed_req_ids:
                 self.rows[request_id] = [[] for _ in self.groups]
+                self.tables[request_id] = [[] for _ in self.groups]
                 self.gone[request_id] = [set() for _ in self.groups]
-            for row, more in zip(self.rows[request_id], new_block_ids, strict=True):
-                row += more
+            for of in (self.rows, self.tables):
+                for row, more in zip(of[request_id], new_block_ids, strict=True):
+                    row += more
             known = len(requests[request_id].prompt) + cached.num_output_tokens[i]
             spans[request_id] = (cached.num_computed_tokens[i], known)
         assert spans.keys() == output.num_scheduled_tokens.keys()
@@ -317,7 +422,14 @@ class PagedWorker:
         held = [i for i in range(end // self.block_size) if row[i]]
         assert asked.block_indices == held, "every full block that is held"
         self._check_window(request_id, end, asked.policy.num_queries)
-        return [tokens.score(end, i, group) for i in asked.block_indices]
+        for i, slot in asked.recallable.items():
+            assert row[i] == 0, "it is here, and would have to come back"
+            last = self.host[slot][self.block_size - 1]
+            assert (last.prefix, last.group) == (
+                tokens.prefix((i + 1) * self.block_size - 1),
+                group,
+            )
+        return [tokens.score(end, i, group) for i in asked.scored_indices]
 
     def slots_of(self, request_id: str, end: int) -> list[tuple[int, Slot]]:
         """Position and slot of each token that the request still sees, in any group."""
@@ -375,6 +487,31 @@ def check_pool(pool: Any, tables: Mapping[Any, list[Any]]) -> None:
     assert pool.null_block.is_null
 
 
+def check_host_pool(pool: HostPool, held: Mapping[Owner, set[int]]) -> None:
+    """Every slot is free or kept for somebody; no owner is gone, and what is held is full.
+
+    Args:
+        pool: of the scheduler.
+        held: blocks on the device of each request and group that there is.
+    """
+    assert len(pool._free) == len(set(pool._free))
+    assert sorted([*pool._free, *pool._kept]) == [*range(pool.num_slots)]
+    owned: Counter[int] = Counter()
+    for owner, slots in pool._slots.items():
+        assert owner in held
+        owned.update(slots.values())
+        for index, slot in slots.items():
+            assert pool._kept[slot].owners[owner] == index
+    for slot, kept in pool._kept.items():
+        assert len(kept.owners) == owned[slot]
+        assert kept.owners or kept.content is not None, "kept for nobody"
+    assert {kept.content: slot for slot, kept in pool._kept.items() if kept.content} == (
+        pool._by_content
+    )
+    assert not pool._out
+    assert not pool._back
+
+
 def check_pool_whole(manager: Any) -> None:
     """Nothing of any request is left."""
     pool = manager.block_pool
@@ -384,3 +521,6 @@ def check_pool_whole(manager: Any) -> None:
     assert not manager.num_cached_block
     assert not manager._requests
     assert not manager._evictions
+    assert not manager._recalls
+    assert not manager.questions
+    assert not manager.rewinds

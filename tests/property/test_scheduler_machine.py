@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -29,16 +30,17 @@ from benchmarks.host import make_scheduler
 from vllm_semantic import register
 from vllm_semantic.engine.spec import semantic_spec
 from vllm_semantic.hooks import SCHEDULERS
-from vllm_semantic.messages import scores_of, step_of
+from vllm_semantic.messages import Owner, scores_of, step_of
 from vllm_semantic.served import REQUEST_KEY, ServedPolicies
 
 from .lives import run_lives
 from .paged import (
     VOCAB_SIZE,
-    ExpectedEvictions,
+    ExpectedRequest,
     PagedWorker,
     PrefixOfHash,
     Tokens,
+    check_host_pool,
     check_pool,
     check_pool_whole,
 )
@@ -65,6 +67,9 @@ ASKED = [
 ]
 """What requests ask for; where that is too much, they run under the server's policy."""
 MAX_REQUEST_TOKENS = 48
+
+HOST = [(0, 0), (4096, 0), (4096, 1), (4096, 3), (MAX_REQUESTS, 2)]
+"""Slots of host memory, and blocks that come back at a point of an answer."""
 
 AMPLE = [
     {"name": "full"},
@@ -116,8 +121,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         skewed = self.policies is TIGHT and len(self.groups) > 1
         selected = config.get("semantic_tokens", 0) if skewed else 0
         skew = data.draw(st.sampled_from([0, selected, -selected, BLOCK_SIZE * (selected > 0)]))
-        self.served = ServedPolicies.from_config(
-            config | {"layer_groups": len(self.groups), "layer_skew_tokens": skew}
+        self.num_slots, recall_blocks = data.draw(st.sampled_from(HOST))
+        self.forgets = self.num_slots == MAX_REQUESTS
+        """Whether host memory is so small that blocks are lost."""
+        self.served = replace(
+            ServedPolicies.from_config(
+                config | {"layer_groups": len(self.groups), "layer_skew_tokens": skew}
+            ),
+            recall_blocks=recall_blocks,
         )
         self.tokens_per_step = data.draw(st.sampled_from([8, 13, 16, 32]))
         self.caching = data.draw(st.booleans())
@@ -131,7 +142,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         full = FullAttentionSpec(
             block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
         )
-        specs = [semantic_spec(full, self.served, vllm_config, group) for group in self.groups]
+        specs = [
+            semantic_spec(full, self.served, vllm_config, group, self.num_slots)
+            for group in self.groups
+        ]
         self.spec = specs[0]
         most = -(-MAX_MODEL_LEN // BLOCK_SIZE)
         # What vLLM's start-up check asks for is enough; more is drawn.
@@ -140,6 +154,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         ours = resolve_obj_by_qualname(SCHEDULERS[self.asynchronous])
         self.scheduler = make_scheduler(ours, vllm_config, specs, num_blocks)
         self.managers = self.scheduler.kv_policy_managers
+        for group, manager in self.managers.items():
+            manager._evict_at = partial(self.record, group, manager._evict_at)
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.stock = None
         if self.policies is AMPLE:
@@ -154,7 +170,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.in_flight: deque[tuple[Any, Any, Any]] = deque()
         self.tokens: dict[str, Tokens] = {}
         self.requests: dict[str, Request] = {}
-        self.expected: dict[str, list[ExpectedEvictions]] = {}
+        self.expected: dict[str, ExpectedRequest] = {}
         self.session: str | None = None
         """One at a time: what waits for its user cannot be preempted, and two that hold blocks
         would wait for each other's, in vLLM alone too."""
@@ -168,6 +184,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.evicted: dict[str, list[dict[int, list[int]]]] = {}
         """Of each request since it last started over, in each group: computed tokens -> logical
         blocks."""
+        self.recalled: dict[str, list[dict[int, list[int]]]] = {}
+        """The same of what came back."""
+        self.read_again: dict[str, int] = {}
+        """Of each request since it last started over, the point after which its newest tokens were
+        computed."""
 
     # -- what users do -----------------------------------------------------------------
 
@@ -188,7 +209,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens = data.draw(st.integers(1, most))
         request_id = f"r{len(self.tokens)}"
         self.tokens[request_id] = Tokens(prompt)
-        self.evicted[request_id] = [{} for _ in self.groups]
+        self.start_over(request_id)
         asked = data.draw(st.sampled_from(ASKED)) if self.policies is TIGHT else None
         policy = self.served.default
         if asked is not None:
@@ -201,18 +222,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.seen["policies of their own"] += policy != self.served.default
         skew = self.served.layer_skew_tokens // BLOCK_SIZE
         shifts = (-skew, skew) if len(self.groups) > 1 else (0,)
-        self.expected[request_id] = [
-            ExpectedEvictions(
-                self.tokens[request_id],
-                policy,
-                BLOCK_SIZE,
-                self.tokens_per_step,
-                group,
-                shift,
-                abs(skew),
-            )
-            for group, shift in zip(self.groups, shifts, strict=True)
-        ]
+        self.expected[request_id] = ExpectedRequest(
+            self.tokens[request_id],
+            policy,
+            BLOCK_SIZE,
+            self.tokens_per_step,
+            self.spec.eviction_delay,
+            shifts,
+            bool(self.num_slots) and policy.recalls,
+            self.served.recall_blocks,
+        )
         params = SamplingParams(
             max_tokens=max_tokens,
             temperature=0,
@@ -239,6 +258,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
             scheduler.add_request(request)
         self.requests.setdefault(request_id, request)
+
+    def start_over(self, request_id: str) -> None:
+        self.evicted[request_id] = [{} for _ in self.groups]
+        self.recalled[request_id] = [{} for _ in self.groups]
+        self.read_again[request_id] = 0
 
     def draw_tokens(self, data: st.DataObject, length: int) -> list[int]:
         seed = data.draw(st.integers(0, 50))
@@ -277,8 +301,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def follow_session(self, session: Request, update: Any) -> None:
         """What the session's tokens are, and where its turns end, once its next turn begins."""
         num_kept = session.num_tokens - 1
-        for expected in self.expected[session.request_id]:
-            expected.turns.append((session.num_prompt_tokens, num_kept))
+        self.expected[session.request_id].turns.append((session.num_prompt_tokens, num_kept))
         self.tokens[session.request_id].grow(num_kept, update.prompt_token_ids)
         self.seen["turns of preempted"] += session.num_computed_tokens == 0
         self.update_session(session, update)
@@ -377,6 +400,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert len(outputs) == request.max_tokens
         for manager in self.managers.values():
             check_pool_whole(manager)
+        if self.scheduler.host_pool is not None:
+            assert not self.scheduler.host_pool._slots, "kept for a request that is gone"
+            self.scheduler.host_pool.forget_contents()
+            assert self.scheduler.host_pool.num_used == 0
         for scheduler in filter(None, (self.stock, self.scheduler)):
             scheduler.shutdown()
 
@@ -387,29 +414,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         step = step_of(output)
         resumed = output.scheduled_cached_reqs.resumed_req_ids
         evictions = step.evictions if step else {}
-        if not self.served.layer_skew_tokens:
+        if not self.served.layer_skew_tokens and not self.num_slots:
             assert len({tuple(of) for of in evictions.values()}) <= 1, "all groups at once"
             assert len(evictions) in (0, len(self.groups))
-        for group, request_id, blocks in [
-            (group, *of) for group, of_group in evictions.items() for of in of_group.items()
-        ]:
-            assert self.requests[request_id].status == RequestStatus.RUNNING
-            assert request_id not in resumed
-            at = self.start_of(request_id, output) - self.spec.eviction_delay
-            assert at <= self.processed(request_id), "a step in flight reads these blocks"
-            policy = self.expected[request_id][group].policy
-            budget = self.served.budget(policy, BLOCK_SIZE, group)
-            kept = sorted(set(range(at // BLOCK_SIZE)) - self.gone(request_id, group))
-            protected = kept[: budget.sink] + kept[len(kept) - budget.recent :]
-            assert not set(blocks) & set(protected)
-            assert set(blocks) <= set(kept), "evicted twice, or not full"
-            self.evicted[request_id][group][at] = blocks
-            self.seen["evictions"] += 1
-            others = [of.get(request_id) for of in evictions.values()]
-            self.seen["groups that differ"] += any(blocks != of for of in others)
-            self.seen["one group alone"] += len(self.groups) > 1 and len(others) < 2
+        for of_group in evictions.values():
+            for request_id, blocks in of_group.items():
+                assert self.requests[request_id].status == RequestStatus.RUNNING
+                assert request_id not in resumed
+                others = [of.get(request_id) for of in evictions.values()]
+                self.seen["groups that differ"] += any(blocks != of for of in others)
+                self.seen["one group alone"] += len(self.groups) > 1 and len(others) < 2
+        for group, of_group in (step.recalls if step else {}).items():
+            for request_id, places in of_group.items():
+                assert len(places) <= len(evictions[group][request_id]), "more come than go"
+        for request_id in step.rewinds if step else ():
+            self.seen["read again"] += 1
+            self.read_again[request_id] = self.managers[0]._requests[request_id].last_point
         for request_id in resumed | (output.preempted_req_ids or set()):
-            self.evicted[request_id] = [{} for _ in self.groups]
+            self.start_over(request_id)
         self.seen["steps"] += 1
         self.seen["resumed"] += len(resumed)
         self.seen["resumed with a hit"] += sum(
@@ -422,19 +444,34 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.seen["hits"] += sum(new.num_computed_tokens > 0 for new in output.scheduled_new_reqs)
 
+    def record(self, group: int, evict_at: Any, *args: Any, **kwargs: Any) -> Any:
+        """Note what is evicted at a point and what comes back, and that it is allowed to."""
+        request_id, state, at, *_ = args
+        request = self.requests[request_id]
+        if not kwargs:
+            in_flight = request.num_computed_tokens - request.num_in_flight_tokens
+            assert at <= in_flight, "a step in flight reads these blocks"
+        before = state.kept_at(at // BLOCK_SIZE)
+        recalled = evict_at(*args, **kwargs)
+        after = set(state.kept)
+        evicted = [i for i in before if i not in after]
+        budget = self.served.budget(self.expected[request_id].policy, BLOCK_SIZE, group)
+        protected = before[: budget.sink] + before[len(before) - budget.recent :]
+        assert not set(evicted) & set(protected)
+        assert recalled == sorted(after - set(before))
+        if evicted:
+            self.evicted[request_id][group][at] = evicted
+            self.seen["evictions"] += 1
+        if recalled:
+            self.recalled[request_id][group][at] = recalled
+            self.seen["recalls"] += 1
+            self.seen["recalls of an answer"] += not kwargs
+        return recalled
+
     def start_of(self, request_id: str, output: Any) -> int:
         """The first token of a request's chunk; vLLM has already advanced the count."""
         end: int = self.requests[request_id].num_computed_tokens
         return end - int(output.num_scheduled_tokens[request_id])
-
-    def processed(self, request_id: str) -> int:
-        """Settled tokens of a request when the step was scheduled."""
-        request = self.requests[request_id]
-        # Both counters have been advanced by the step's tokens.
-        return request.num_computed_tokens - request.num_in_flight_tokens
-
-    def gone(self, request_id: str, group: int) -> set[int]:
-        return {i for blocks in self.evicted[request_id][group].values() for i in blocks}
 
     def check(self) -> None:
         tables = {
@@ -451,9 +488,16 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert state.kept == sorted(set(state.kept))
             # Scheduling ahead, a step is scheduled between scores and the eviction they are for.
             assert min(manager.stats.score_ages, default=2) >= 1 + self.asynchronous
+        if self.scheduler.host_pool is not None:
+            held = {
+                Owner(group, request_id): {i for i, b in enumerate(table) if not b.is_null}
+                for (group, request_id), table in tables.items()
+            }
+            check_host_pool(self.scheduler.host_pool, held)
+            self.seen["host memory full"] += self.forgets and not self.scheduler.host_pool._free
         first, *others = (manager.stats for manager in self.managers.values())
         for stats in others:
-            if not self.served.layer_skew_tokens:
+            if not self.served.layer_skew_tokens and not self.num_slots:
                 assert stats.evicted_blocks == first.evicted_blocks
             assert (stats.evictions, stats.evicting_requests) == (0, 0), "counted once"
         for request_id, tokens in self.tokens.items():
@@ -462,8 +506,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_step(self, output: Any) -> None:
         for request_id in output.num_scheduled_tokens:
-            delay = self.spec.eviction_delay
-            start = self.start_of(request_id, output)
+            start, delay = self.start_of(request_id, output), self.spec.eviction_delay
+            end = self.requests[request_id].num_computed_tokens
             expected = self.expected[request_id]
             for group, manager in self.managers.items():
                 table = manager.req_to_blocks[request_id]
@@ -471,18 +515,32 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert [block.block_id for block in table] == row
                 held = sum(not block.is_null for block in table)
                 assert held == manager.num_kept_blocks(request_id)
-                most = manager.kv_cache_spec.admission_blocks(expected[group].policy)
+                most = manager.kv_cache_spec.admission_blocks(expected.policy)
                 if most is not None:
                     assert held <= most
-                due = expected[group].until(max(0, start - delay))
-                assert self.evicted[request_id][group] == due, request_id
+                if not self.forgets:
+                    settled = max(start - delay, self.question_of(request_id))
+                    due = expected.until(settled)[group]
+                    for happened, of in (
+                        (self.evicted, due.evicted),
+                        (self.recalled, due.recalled),
+                    ):
+                        until = {at: blocks for at, blocks in of.items() if at <= settled}
+                        assert happened[request_id][group] == until, request_id
+            if self.forgets:
+                continue  # what can come back depends on the others
             # Nor does it matter how the prompt was cut into chunks, or when scores came.
-            end = self.requests[request_id].num_computed_tokens
+            last_point = max(start, self.question_of(request_id))
+            groups = expected.until(last_point)
             for position, slot in self.worker.slots_of(request_id, end):
-                seen_from = max(0, position - delay)
                 assert slot.gone == {
-                    (of.group, block) for of in expected for block in of.gone_at(seen_from)
+                    (of.group, block) for of in groups for block in of.gone_at(position, last_point)
                 }
+
+    def question_of(self, request_id: str) -> int:
+        """The last point at which blocks were chosen for the end of a prompt; 0 for none."""
+        states = [manager._requests.get(request_id) for manager in self.managers.values()]
+        return max((state.prompt_read - 1 for state in states if state), default=0)
 
     def check_like_stock(self, output: Any, stock: Any) -> None:
         """With an ample budget, every decision is the one of vLLM without a policy."""
@@ -513,6 +571,8 @@ def test_schedulers(asynchronous: bool, policies: list[dict[str, Any]], llama: s
         common |= {"evictions": 2000, "policies of their own": 100, "groups that differ": 100}
         common["one group alone"] = 20
         common["turns after an eviction"] = 20
+        common |= {"recalls": 200, "recalls of an answer": 50, "read again": 100}
+        common["host memory full"] = 100
         if asynchronous:
             common["stale scores"] = 20
     assert all(seen[what] >= least for what, least in common.items()), seen

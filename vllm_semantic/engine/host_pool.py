@@ -101,6 +101,10 @@ class HostPool:
         copy = BlockCopy(owner.group_id, block_id, slot)
         self._back.setdefault(owner, {})[slot] = copy
 
+    def undo_recall(self, owner: Owner, index: int) -> None:
+        """Take a recall back that no step has been told of."""
+        del self._back[owner][self._slots[owner][index]]
+
     def take_copies(self) -> HostCopies | None:
         """Drain what the next step copies; ``None`` for nothing. Steps are worked off in order."""
         if not self._out and not self._back:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -174,9 +174,9 @@ class SemanticManager(FullAttentionManager):
             num_computed: tokens computed once the step has run.
         """
         request_id, policy = request.request_id, policy_of(request, self.default_policy)
+        is_question = self.question_point(request, num_computed - 1) == num_computed
         if not policy.scores_blocks or not (
-            self._over_budget_at(request_id, num_computed, request.num_prompt_tokens)
-            or self.question_point(request, num_computed - 1) == num_computed
+            is_question or self._over_budget_at(request_id, num_computed, request.num_prompt_tokens)
         ):
             return None
         state = self._requests.setdefault(request_id, RequestBlocks())
@@ -189,9 +189,10 @@ class SemanticManager(FullAttentionManager):
         state.num_scored += len(kept)
         self.stats_by_policy[policy.name].scored_blocks += len(kept)
         block_ids = [blocks[i].block_id for i in held]
-        return ScoreRequest(
-            policy, num_computed, kept, block_ids, self._recallable(request_id, policy, kept)
-        )
+        recallable: Mapping[int, int] = {}
+        if is_question or self.recall_blocks:
+            recallable = self._recallable(request_id, policy, kept)
+        return ScoreRequest(policy, num_computed, kept, block_ids, recallable)
 
     def record_scores(self, request_id: str, asked: ScoreRequest, scores: Sequence[float]) -> None:
         """Keep scores for the eviction they were asked for; the request must still hold blocks."""
@@ -203,7 +204,7 @@ class SemanticManager(FullAttentionManager):
     def question_point(self, request: Request, num_computed: int) -> int | None:
         """Where the blocks that the end of a prompt asks for are chosen: before its last token.
 
-        Only where some could come back: without them nothing would be chosen anew.
+        Only of a request that has evicted blocks: any other has seen all there is.
 
         Args:
             request: a request.
@@ -221,14 +222,14 @@ class SemanticManager(FullAttentionManager):
         state = self._requests.get(request_id, RequestBlocks())
         if end <= state.prompt_read:
             return None
-        if not self._recallable(request_id, policy, state.kept):
-            # Unless the step that begins here evicts what could come back.
+        if state.num_exact_tokens is None:
+            # The step that begins here may be the first to evict.
             settled = num_computed - self.eviction_delay
             if not self._over_budget_at(request_id, settled, request.num_prompt_tokens):
                 return None
         return end - 1
 
-    def answer(self, request: Request, point: int) -> int:
+    def answer(self, request: Request, point: int) -> tuple[int, int]:
         """Choose what the end of a prompt is read with, among all blocks that there are.
 
         Args:
@@ -236,37 +237,26 @@ class SemanticManager(FullAttentionManager):
             point: its :meth:`question_point`.
 
         Returns:
-            Blocks that come back.
+            How many blocks come back, and the first token that can be read again: all from there
+            on are held, and nothing has been evicted since.
         """
         request_id = request.request_id
         state = self._requests[request_id]
-        state.prompt_read = point + 1
+        for earlier in sorted(earlier for earlier in state.scores if earlier < point):
+            self._evict_at(request_id, state, earlier)  # its step has just been settled too
+        first = state.last_point
         recalled = self._evict_at(request_id, state, point, is_question=True)
-        return len(recalled)
-
-    def first_to_reread(self, request: Request, before: int) -> int:
-        """The first token that reads anew what :meth:`answer` chose: all of them are held.
-
-        Args:
-            request: the same.
-            before: tokens computed at its last eviction point before that.
-        """
+        state.prompt_read = point + 1
         recent = self._budget_of(policy_of(request, self.default_policy)).recent
-        kept = self._requests[request.request_id].kept
-        first = max(before, kept[-recent] * self.block_size)
-        for feature in request.mm_features:  # an encoder's output may be gone
+        first = max(first, state.kept[-recent] * self.block_size)
+        for feature in request.mm_features:  # what an encoder made of it may be gone
             first = max(first, feature.mm_position.offset + feature.mm_position.length)
-        return first
-
-    def last_point(self, request_id: str) -> int:
-        """Tokens computed at a request's last eviction point; 0 before the first."""
-        state = self._requests.get(request_id)
-        return 0 if state is None else state.last_point
+        return len(recalled), first
 
     def take_recalls(self) -> dict[str, dict[int, int]]:
         """Drain what came back since the last call, for the workers: ids by logical index."""
         recalls, self._recalls = self._recalls, {}
-        return recalls
+        return {of: dict(sorted(places.items())) for of, places in recalls.items() if places}
 
     def take_evictions(self) -> dict[str, BlockIndices]:
         """Drain the evictions since the last call, for the workers."""
@@ -470,11 +460,14 @@ class SemanticManager(FullAttentionManager):
         swaps = self._within_pool(request_id, swaps)
         recalled = sorted(comes for _, comes in swaps)
         evicted = sorted([*evicted, *(goes for goes, _ in swaps)])
+        table = self.req_to_blocks[request_id]
+        known = [(i, table[i].block_id, table[i].block_hash) for i in evicted]
         if evicted or not is_question:
             self._evict(request_id, evicted)
         if recalled:
             self._recall(request_id, recalled)
         if self.host is not None:
+            self._keep(request_id, known)  # last: what comes back keeps its place there
             self.forget_points(request_id)  # now there may be something to ask for
         gone = set(evicted)
         state.kept = sorted([*(i for i in kept if i not in gone), *recalled])
@@ -579,17 +572,38 @@ class SemanticManager(FullAttentionManager):
             return  # another group of layers keeps fewer
         blocks = self.req_to_blocks[request_id]
         freed = [blocks[i] for i in block_indices]
-        if self.host is not None and self.policy_of(request_id).recalls:
-            owner = Owner(self.kv_cache_group_id, request_id)
-            for i, block in zip(block_indices, freed, strict=True):
-                stats.dropped_blocks += self.host.keep(owner, i, block.block_id, block.block_hash)
         for i in block_indices:
             blocks[i] = self._null_block
         # The newest first, as vLLM frees a request: the oldest stay shareable longest.
         self.block_pool.free_blocks(reversed(freed))
-        self._evictions.setdefault(request_id, []).extend(block_indices)
+        undone = [i for i in block_indices if self._undo_recall(request_id, i)]
+        gone = set(block_indices).difference(undone)
+        if gone:
+            self._evictions[request_id] = sorted(gone.union(self._evictions.get(request_id, ())))
         stats.evicted_blocks += len(block_indices)
         stats.recovered_blocks += len(block_indices)
+
+    def _keep(self, request_id: str, evicted: Iterable[tuple[int, int, Any]]) -> None:
+        """Keep evicted blocks in host memory: logical indices, ids and block hashes."""
+        policy = self.policy_of(request_id)
+        if self.host is None or not policy.recalls:
+            return
+        owner = Owner(self.kv_cache_group_id, request_id)
+        for i, block_id, block_hash in evicted:
+            num_dropped = self.host.keep(owner, i, block_id, block_hash)
+            self.stats_by_policy[policy.name].dropped_blocks += num_dropped
+
+    def _undo_recall(self, request_id: str, index: int) -> bool:
+        """Take back a recall that no worker has been told of; whether there was one.
+
+        Scheduling ahead, two eviction points of a request may be settled in one step.
+        """
+        if index not in self._recalls.get(request_id, ()):
+            return False
+        assert self.host is not None
+        del self._recalls[request_id][index]
+        self.host.undo_recall(Owner(self.kv_cache_group_id, request_id), index)
+        return True
 
     def _recall(self, request_id: str, block_indices: BlockIndices) -> None:
         """Give blocks that come back a place on the device; the next step copies them there."""

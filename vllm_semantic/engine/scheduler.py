@@ -267,11 +267,9 @@ class KVPolicyMixin(Scheduler):
             if request.num_in_flight_tokens:
                 continue
             del points.questions[request_id]
-            before = points.last_point(request_id)
-            if not sum(manager.answer(request, point) for manager in managers):
-                continue
-            first = max(manager.first_to_reread(request, before) for manager in managers)
-            if first < point:
+            recalled, firsts = zip(*(m.answer(request, point) for m in managers), strict=True)
+            first = max(firsts)
+            if sum(recalled) and first < point:
                 request.num_computed_tokens = points.rewinds[request_id] = first
                 self._forget_progress(request)
 
