@@ -20,6 +20,8 @@ class Trace:
     evictions: dict[str, dict[int, list[Any]]] = field(default_factory=dict)
     """Request -> computed tokens at the eviction -> logical blocks; where layers are in several
     groups, a list of them for each group."""
+    recalls: dict[str, dict[int, list[Any]]] = field(default_factory=dict)
+    """The same of the blocks that came back."""
     max_held: dict[str, int] = field(default_factory=dict)
     """Request -> most blocks it held in a group of layers after any step."""
     num_preemptions: int = 0
@@ -111,6 +113,9 @@ def assert_pool_whole(llm: Any) -> None:
     for manager in getattr(scheduler, "kv_policy_managers", {}).values():
         assert not manager._requests
         assert not manager._evictions
+        assert not manager._recalls
+    if getattr(scheduler, "host_pool", None) is not None:
+        assert not scheduler.host_pool._slots, "kept for a request that is gone"
 
 
 def _follow(llm: Any) -> None:
@@ -126,8 +131,15 @@ def _follow(llm: Any) -> None:
             at = scheduler.requests[request_id].num_computed_tokens
             at -= output.num_scheduled_tokens.get(request_id, 0)
             managers = scheduler.kv_policy_managers
+            state = next(iter(managers.values()))._requests[request_id]
+            if state.prompt_read > state.last_point:  # the end of the prompt is read once more
+                at = state.last_point
             groups = [step.evictions.get(i, {}).get(request_id, []) for i in managers]
-            if not any(m.kv_cache_spec.served.layer_skew_tokens for m in managers.values()):
+            back = [sorted(step.recalls.get(i, {}).get(request_id, ())) for i in managers]
+            if any(back):
+                of_all = back if len(back) > 1 else back[0]
+                llm.trace.recalls.setdefault(request_id, {})[at] = of_all
+            elif not any(m.kv_cache_spec.served.layer_skew_tokens for m in managers.values()):
                 assert len({len(blocks) for blocks in groups}) == 1, "as many blocks in each"
             blocks = groups if len(groups) > 1 else groups[0]
             llm.trace.evictions.setdefault(request_id, {})[at] = blocks

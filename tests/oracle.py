@@ -43,6 +43,12 @@ class Case:
     """Equal shares of the layers, the first, the next and so on; each evicts for itself."""
     layer_skew_tokens: int = 0
     """How much more than the rest of the budget the last group keeps, and the first less."""
+    recall: bool = False
+    """Whether evicted blocks may come back: before the last token of the prompt, which is then read
+    again from as far back as nothing is missing, and at eviction points."""
+    recall_blocks: int = 0
+    """The most that come back at an eviction point, each where it is worth a tenth more than what
+    it replaces."""
 
 
 @dataclass
@@ -52,6 +58,8 @@ class Verdict:
     evictions: dict[int, list[Any]] = field(default_factory=dict)
     """Computed tokens at the eviction -> logical blocks evicted there; with several groups of
     layers a list of them for each."""
+    recalls: dict[int, list[Any]] = field(default_factory=dict)
+    """The same of the blocks that came back."""
     margins: dict[int, float] = field(default_factory=dict)
     """Computed tokens at the eviction -> least score kept minus greatest score evicted, in the
     group where that is least."""
@@ -77,6 +85,7 @@ def judge(cases: list[Case]) -> list[Verdict]:
     verdicts = [Verdict(**verdict) for verdict in answer["verdicts"]]
     for verdict in verdicts:
         verdict.evictions = {int(k): v for k, v in verdict.evictions.items()}
+        verdict.recalls = {int(k): v for k, v in verdict.recalls.items()}
         verdict.margins = {int(k): v for k, v in verdict.margins.items()}
     return verdicts
 
@@ -121,8 +130,12 @@ class Group:
     """``[total, total]``, what each token sees."""
     alive: set[int] = field(default_factory=set)
     """Full blocks that were not evicted."""
+    away: set[int] = field(default_factory=set)
+    """Those that were, and did not come back."""
     scores: dict[int, float] = field(default_factory=dict)
     """Of the last eviction point."""
+    scored_at: int = 0
+    """That point."""
 
 
 @dataclass
@@ -132,7 +145,7 @@ class Held:
     oracle: Any
     layers: list[Layer]
     blocks: list[int]
-    """Full blocks that were not evicted."""
+    """Full blocks that were not evicted, and those that may come back."""
     point: int
     size: int
     before: dict[int, float]
@@ -391,21 +404,38 @@ class Oracle:
             share = len(self.calls) // len(groups)
             self.masks = [group.mask for group in groups for _ in range(share)]
             assert len(self.masks) == len(self.calls)
-            seen = 0
-            for point in eviction_points(case):
+            seen = last = 0
+            first = None
+            question = case.num_prompt_tokens - 1
+            for point in sorted({*eviction_points(case), question}):
+                asks = case.recall and point == question
+                asks = asks and first is not None and first + case.eviction_delay < point
+                if not asks and point not in eviction_points(case):
+                    continue
                 for group in groups:
                     group.alive |= set(range(seen, point // size))
                 seen = point // size
-                evicted, margin = self._choose(case, groups, point)
-                if not any(evicted):
-                    continue
-                verdict.evictions[point] = evicted if len(groups) > 1 else evicted[0]
-                verdict.margins[point] = margin
-                for group, blocks in zip(groups, evicted, strict=True):
-                    group.alive -= set(blocks)
-                    for block in blocks:
-                        hidden = slice(block * size, (block + 1) * size)
-                        group.mask[point + case.eviction_delay :, hidden] = False
+                evicted, margin = self._choose(case, groups, point, asks)
+                pairs = zip(groups, evicted, strict=True)
+                recalled = [self._recall(case, group, gone, point, asks) for group, gone in pairs]
+                if any(evicted) or any(recalled):
+                    one = len(groups) == 1
+                    verdict.evictions[point] = evicted[0] if one else evicted
+                    verdict.margins[point] = margin
+                    if any(recalled):
+                        verdict.recalls[point] = recalled[0] if one else recalled
+                    first = point if first is None else first
+                    sees_from = point + case.eviction_delay
+                    if asks:
+                        num_recent = -(-case.recent_tokens // size)
+                        again = max(last, (point // size - num_recent) * size)
+                        sees_from = again if any(recalled) else point
+                    for group, back in zip(groups, recalled, strict=True):
+                        for blocks, visible in ((group.away, False), (back, True)):
+                            for block in blocks:
+                                hidden = slice(block * size, (block + 1) * size)
+                                group.mask[sees_from:, hidden] = visible
+                    last = point
             logprobs = torch.log_softmax(self._forward(ids, total).double(), -1)
         for position in range(1, total):
             row = logprobs[position - 1]
@@ -423,8 +453,35 @@ class Oracle:
         self.length = length
         return self.model(ids[:, :length], use_cache=False).logits[0]
 
-    def _choose(self, case: Case, groups: list[Group], point: int) -> tuple[list[list[int]], float]:
-        """What each group evicts, and the least margin."""
+    def _recall(
+        self, case: Case, group: Group, evicted: list[int], point: int, asks: bool
+    ) -> list[int]:
+        """What comes back into a group, after what goes for the budget; ``evicted`` gets more."""
+        size = case.block_size
+        recalled: list[int] = []
+        most, margin = (len(group.away), 0.0) if asks else (case.recall_blocks, 0.1)
+        group.alive -= set(evicted)
+        if case.recall and group.scored_at == point:
+            held = sorted(group.alive)
+            num_recent = -(-case.recent_tokens // size)
+            middle = held[-(-case.sink_tokens // size) : len(held) - num_recent]
+            worst = sorted(middle, key=lambda b: (group.scores[b], b))
+            scored = [b for b in group.away if b in group.scores]
+            best = sorted(scored, key=lambda b: (-group.scores[b], -b))
+            for goes, comes in list(zip(worst, best, strict=False))[:most]:
+                if group.scores[comes] <= group.scores[goes] * (1 + margin):
+                    break
+                evicted.append(goes)
+                recalled.append(comes)
+        group.alive = (group.alive - set(evicted)) | set(recalled)
+        group.away = (group.away | set(evicted)) - set(recalled)
+        evicted.sort()
+        return sorted(recalled)
+
+    def _choose(
+        self, case: Case, groups: list[Group], point: int, asks: bool
+    ) -> tuple[list[list[int]], float]:
+        """What each group evicts to be within its budget, and the least margin."""
         size = case.block_size
         num_sink = -(-case.sink_tokens // size)
         num_recent = -(-case.recent_tokens // size)
@@ -437,7 +494,7 @@ class Oracle:
             max(0, len(alive) - budget) for alive, budget in zip(held, budgets, strict=True)
         ]
         # As soon as one group has too much, all of them score.
-        if not case.bounded or not any(excesses):
+        if not case.bounded or not (asks or any(excesses)):
             return [[] for _ in groups], float("inf")
         if case.rule == "age":
             gone = [
@@ -454,8 +511,12 @@ class Oracle:
         evicted, margin = [], float("inf")
         for i, (group, alive, excess) in enumerate(zip(groups, held, excesses, strict=True)):
             of_group = layers[i * share : (i + 1) * share]
-            worth = RULES[case.rule](Held(self, of_group, alive, point, size, group.scores))
-            group.scores = worth
+            scored = alive
+            if case.recall and (asks or case.recall_blocks):
+                scored = sorted([*alive, *group.away])
+            before = {} if asks else group.scores
+            worth = RULES[case.rule](Held(self, of_group, scored, point, size, before))
+            group.scores, group.scored_at = worth, point
             middle = alive[num_sink : len(alive) - num_recent]
             ranked = sorted((worth[block], block) for block in middle)
             gone = forced[i]

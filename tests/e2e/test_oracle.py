@@ -41,7 +41,36 @@ GROUPS: dict[str, dict[str, Any]] = {
 }
 """Each half of the layers for itself."""
 
-OPTIONS = POLICIES | RULES | GROUPS
+AT_QUESTIONS = {
+    **POLICIES["semantic"],
+    "similarity": "contribution",
+    "heads": "max",
+    "recall_gib": 0.125,
+}
+RECALL: dict[str, dict[str, Any]] = {
+    "semantic, recalled for the end of a prompt": AT_QUESTIONS,
+    "semantic, recalled for the answer too": {
+        **POLICIES["semantic"],
+        "recall_gib": 0.125,
+        "recall_blocks": 2,
+    },
+    "semantic, recalled in 2 groups": {
+        **AT_QUESTIONS,
+        "recall_blocks": 1,
+        "layer_groups": 2,
+        "layer_skew_tokens": 32,
+    },
+    "h2o, recalled": {
+        "sink_tokens": 8,
+        "recent_tokens": 64,
+        "selected_tokens": 128,
+        "recall_gib": 0.125,
+        "recall_blocks": 1,
+    },
+}
+"""What was evicted comes back."""
+
+OPTIONS = POLICIES | RULES | GROUPS | RECALL
 
 OTHER_LAYERS = {
     "gemma": "SlidingWindowSpec",
@@ -115,6 +144,32 @@ def test_groups_of_layers_agree_with_oracle(
     assert_agree(runs)
     for _, trace, _ in runs:
         assert any(first != second for first, second in trace.values()), trace
+
+
+@pytest.mark.parametrize(
+    ("architecture", "block_size"), [("llama", 32), ("neox", 64), ("gemma_of_six", 32)]
+)
+def test_recall_agrees_with_oracle(
+    architecture: str, block_size: int, request: pytest.FixtureRequest
+) -> None:
+    """What comes back is what the oracle would have back, and it is what it was: every token after
+    it, those of the prompt that are read again included, is as likely as with it."""
+    model = request.getfixturevalue(architecture)
+    asked: list[tuple[int, int]] = []
+    prompts, delay = random_prompts([600, 330, 1100]), eviction_delay()
+    for policy in list(RECALL)[2:3] if interpreter.wanted() else RECALL:
+        with start(model, policy, block_size=block_size) as llm:
+            of_policy = generate(llm, model, policy, prompts, 100, prompt_logprobs=0)
+            recalls = [dict(llm.trace.recalls.get(r, {})) for r in sorted(llm.trace.evictions)]
+        verdicts = assert_agree(of_policy)
+        for (case, _, answer), verdict, recalled in zip(of_policy, verdicts, recalls, strict=True):
+            assert recalled == shown(case, verdict.recalls), policy
+            of_tokens = zip(answer.prompt_logprobs[1:], case.token_ids[1:], strict=False)
+            said = [row[token].logprob for row, token in of_tokens]
+            assert said == pytest.approx(verdict.prompt_logprobs, abs=TOLERANCE)
+            asked += [(case.num_prompt_tokens, point - delay) for point in recalled]
+    assert any(point == num_prompt - 1 - delay for num_prompt, point in asked), "by no prompt"
+    assert any(point > num_prompt for num_prompt, point in asked), "by no answer"
 
 
 def test_chunk_sizes_agree_with_oracle(llama: str) -> None:
@@ -201,6 +256,7 @@ def assert_agree(runs: list[Run]) -> list[Verdict]:
 def case_options(policy: str, options: dict[str, Any]) -> dict[str, Any]:
     """A policy's options in the oracle's words."""
     words = {name.replace("semantic_", "selected_"): value for name, value in options.items()}
+    words["recall"] = bool(words.pop("recall_gib", 0))
     similarity = words.pop("similarity", "attention")
     similarity += ", max" * (words.pop("heads", "mean") == "max")
     return {"rule": {"streaming": "age", "semantic": similarity}.get(policy, policy), **words}
@@ -213,11 +269,17 @@ def assert_only_full_attention(llm: Any, other_layers: str | None) -> None:
     assert kinds == {"SemanticSpec"} | ({other_layers} if other_layers else set())
 
 
+def shown(case: Case, at_points: dict[int, list[Any]]) -> dict[int, list[Any]]:
+    """When a trace shows what should happen at eviction points."""
+    total, delay = len(case.token_ids), case.eviction_delay
+    question = case.num_prompt_tokens - 1 if case.recall else None
+    settled = {at + delay * (at != question): blocks for at, blocks in at_points.items()}
+    return {at: blocks for at, blocks in settled.items() if at < total}
+
+
 def assert_agrees(case: Case, trace: dict[int, list[Any]], answer: Any, verdict: Any) -> None:
     assert trace, "nothing was evicted: the case shows nothing"
-    total, delay = len(case.token_ids), case.eviction_delay
-    shown = {at + delay: gone for at, gone in verdict.evictions.items() if at + delay < total}
-    assert trace == shown
+    assert trace == shown(case, verdict.evictions)
     for position, (logprobs, expected, greedy, gap) in enumerate(
         zip(answer.logprobs, verdict.logprobs, verdict.greedy, verdict.gaps, strict=True)
     ):

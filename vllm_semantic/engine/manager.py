@@ -223,9 +223,13 @@ class SemanticManager(FullAttentionManager):
         if end <= state.prompt_read:
             return None
         if state.num_exact_tokens is None:
-            # The step that begins here may be the first to evict.
-            settled = num_computed - self.eviction_delay
-            if not self._over_budget_at(request_id, settled, request.num_prompt_tokens):
+            # Unless the first eviction is about to be.
+            delay, num_prompt = self.eviction_delay, request.num_prompt_tokens
+            recent = (num_computed - ago for ago in range(delay + 1))
+            first = next(
+                (n for n in recent if self._over_budget_at(request_id, n, num_prompt)), end
+            )
+            if end - 1 <= first + delay:
                 return None
         return end - 1
 

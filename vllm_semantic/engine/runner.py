@@ -66,6 +66,19 @@ class RunnerV2(RunnerAccess):
         slot = states.req_id_to_index[request_id]
         states.num_computed_tokens.stage_write_elem(slot, num_tokens)
         states.num_computed_tokens.apply_write()
+        self._forget_prompt_logprobs(request_id, num_tokens)
+
+    def _forget_prompt_logprobs(self, request_id: str, num_tokens: int) -> None:
+        """What comes is put behind what there is: drop those of the tokens that are read again."""
+        worker = self._runner.prompt_logprobs_worker
+        parts = worker.in_progress_prompt_logprobs.get(request_id) if worker else None
+        for i, part in enumerate(parts or ()):
+            parts[i] = part._replace(
+                logprob_token_ids=part.logprob_token_ids[:num_tokens],
+                logprobs=part.logprobs[:num_tokens],
+                selected_token_ranks=part.selected_token_ranks[:num_tokens],
+            )
+            num_tokens -= len(parts[i].logprobs)
 
     def copy_stream(self) -> torch.cuda.Stream | None:
         return self._runner.output_copy_stream
