@@ -49,6 +49,11 @@ class Life:
     table: list[int] = field(default_factory=list)
     seq_len: int = 0
     gone: set[int] = field(default_factory=set)
+    back: dict[int, int] = field(default_factory=dict)
+    """Where a block is that came back."""
+
+    def block_id(self, index: int) -> int:
+        return self.back.get(index, self.table[index])
 
     def kept(self) -> list[int]:
         return [i for i in range(len(self.table)) if i not in self.gone]
@@ -101,6 +106,13 @@ def test_against_lists(data: st.DataObject) -> None:
                 evicted = sorted(data.draw(st.sets(st.sampled_from(full), min_size=1)))
                 held.evict(request_id, evicted)
                 life.gone |= set(evicted)
+            room = MAX_HELD - len(life.kept())
+            if life.gone and room and data.draw(st.booleans()):
+                some = st.sets(st.sampled_from(sorted(life.gone)), min_size=1, max_size=room)
+                back = {i: next(ids) for i in sorted(data.draw(some))}
+                held.recall(request_id, back)
+                life.gone -= back.keys()
+                life.back |= back
             room = (MAX_HELD - len(life.kept())) * block_size + len(life.table) * block_size
             life.seq_len = data.draw(
                 st.integers(life.seq_len, min(room, MAX_BLOCKS * block_size)),
@@ -122,7 +134,7 @@ def check(
     compacted = builder.compact(held, batch, common)
     assert torch.equal(common.block_table_tensor, before[0])
     assert torch.equal(common.seq_lens, before[1])
-    assert (compacted is None) == (not any(life.gone for life in lives))
+    assert (compacted is None) == (not any(life.gone or life.back for life in lives))
     if compacted is None:
         return
     lengths = [life.seq_len - len(life.gone) * block_size for life in lives]
@@ -132,7 +144,9 @@ def check(
     table = compacted.block_table_tensor
     assert table.data_ptr() == builder.buffers.block_table.data_ptr()  # type: ignore[union-attr]
     for row, life, length in zip(table.tolist(), lives, lengths, strict=False):
-        ids = [life.table[i] * kernel_blocks + j for i in life.kept() for j in range(kernel_blocks)]
+        ids = [
+            life.block_id(i) * kernel_blocks + j for i in life.kept() for j in range(kernel_blocks)
+        ]
         num_read = -(-length * kernel_blocks // block_size)
         assert row[:num_read] == ids[:num_read]
         assert length <= len(ids) * block_size // kernel_blocks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from vllm_semantic.engine import scorer
 from vllm_semantic.engine.backend import CapturingImpl
 from vllm_semantic.engine.cached_kv import CachedKV
+from vllm_semantic.engine.host_blocks import HostBlocks
 from vllm_semantic.engine.query_windows import QueryWindows
 from vllm_semantic.engine.scorer import BlockScorer, ScoredLayers
-from vllm_semantic.messages import ScoreRequest
+from vllm_semantic.messages import BlockCopy, HostCopies, ScoreRequest
 from vllm_semantic.ops.cached_blocks import CachedBlocks
 from vllm_semantic.policies import BlockView, SemanticPolicy
 from vllm_semantic.policies.tova import TOVAPolicy
@@ -110,6 +112,34 @@ def test_a_view_shows_the_window_in_order_and_what_is_being_filled() -> None:
         assert (view.num_tokens, view.scale) == (18, HEAD_SIZE**-0.5)
         means.append(kv_cache[:, :2, ..., HEAD_SIZE:].mean((2, 3, 4)))
     assert scores[0]["b"] == pytest.approx(torch.cat(means).mean(0).tolist(), abs=2**-20)
+
+
+@pytest.mark.parametrize("kernel_blocks", [1, 2])
+@pytest.mark.parametrize("filling", [False, True])
+def test_what_is_in_host_memory_is_scored_as_what_is_not(kernel_blocks: int, filling: bool) -> None:
+    torch.manual_seed(3)
+    size = BLOCK_SIZE * kernel_blocks
+    stack = [random_layers(2, kernel_blocks), random_layers(1, kernel_blocks)]
+    caches = [layers.cache for layers in stack]
+    host = HostBlocks({0: caches}, 4, torch.device("cpu"))
+    policy = SemanticPolicy(similarity="contribution", heads="max")
+    held, num_tokens = [1, 2, 3, 4, 5, 6], 6 * size + 2 * filling
+    if filling:
+        held.append(7)
+    everything = ScoreRequest(policy, num_tokens, [*range(6)], held)
+    expected = BlockScorer({0: stack}, windows())({0: {"b": everything}}).collect()
+    host.copy(HostCopies([BlockCopy(0, 2, 3), BlockCopy(0, 5, 1)], []))
+    for of in caches:  # blocks 1 and 4 of the sequence are gone from the device
+        for block_id in (2, 5):
+            of.kv_cache[:, block_id * kernel_blocks : (block_id + 1) * kernel_blocks] = math.nan
+    stack = [replace(layers, host=of) for layers, of in zip(stack, host.caches(0), strict=True)]
+    left = [i for n, i in enumerate(held) if n not in (1, 4)]
+    asked = ScoreRequest(policy, num_tokens, [0, 2, 3, 5], left, {1: 3, 4: 1})
+    other = ScoreRequest(policy, num_tokens, [0, 2, 3, 5], left)
+    scorer_ = BlockScorer({0: stack}, windows(), host=host)
+    found = scorer_({0: {"a": other, "b": asked, "c": other}}).collect()
+    assert found[0]["b"] == pytest.approx(expected[0]["b"], rel=1e-5)
+    assert [len(found[0][request_id]) for request_id in ("a", "b", "c")] == [4, 6, 4]
 
 
 def test_many_blocks_are_gathered_a_few_layers_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,12 +107,10 @@ class HostPool:
 
     def take_copies(self) -> HostCopies | None:
         """Drain what the next step copies; ``None`` for nothing. Steps are worked off in order."""
-        if not self._out and not self._back:
-            return None
         back = [copy for copies in self._back.values() for copy in copies.values()]
         copies = HostCopies(list(self._out.values()), back)
         self._out, self._back = {}, {}
-        return copies
+        return copies if any(copies) else None
 
     def forget(self, owner: Owner) -> None:
         """Free what only this owner could recall.
