@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .config import POLICY_FLAG, WRAPPED_BACKENDS
 from .hooks import ALLOW_UNTESTED, SUPPORTED_VLLM, backend_member
+from .recall import GIB
 from .served import CONFIG_KEY, ServedPolicies, has_policy
 
 PLUGINS_GROUP = "vllm.general_plugins"
@@ -171,6 +172,8 @@ def configuration(flags: Sequence[str]) -> Iterator[Finding]:
         block_size = vllm_config.cache_config.block_size
         yield Finding("policy", served.describe_default(block_size))
         yield Finding("policies of requests", served.describe(block_size))
+        if served.recall_gib:
+            yield Finding("host memory", describe_host(served, vllm_config))
     else:
         yield Finding("policy", f"none without {POLICY_FLAG}: vLLM as it is")
     yield Finding("model runner", "V2" if vllm_config.use_v2_model_runner else "V1")
@@ -178,6 +181,22 @@ def configuration(flags: Sequence[str]) -> Iterator[Finding]:
     yield Finding("worker", str(parallel.worker_cls).rpartition(".")[2])
     backend = vllm_config.attention_config.backend
     yield Finding("attention backend", backend.name if backend else "vLLM's choice")
+
+
+def describe_host(served: ServedPolicies, vllm_config: Any) -> str:
+    """What host memory for evicted blocks holds; a model's own layers may say otherwise."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    num_layers = model.get_num_layers(parallel)
+    num_kv_heads = model.get_num_kv_heads(parallel) * parallel.tensor_parallel_size
+    dtype = str(vllm_config.cache_config.cache_dtype)
+    itemsize = model.dtype.itemsize if dtype == "auto" else 1 if "8" in dtype else 2
+    token_bytes = 2 * num_layers * num_kv_heads * model.get_head_size() * itemsize
+    num_tokens = int(served.recall_gib * GIB // token_bytes)
+    return (
+        f"{served.recall_gib:g} GiB for evicted blocks, {num_tokens:,} tokens if all "
+        f"{num_layers} layers are under the policy; for the end of a prompt as many come back "
+        f"as its budget has room for, in an answer {served.recall_blocks} at a time"
+    )
 
 
 def serve_config(flags: Sequence[str]) -> Any:

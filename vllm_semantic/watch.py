@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from .recall import GIB
+
 Sample = Mapping[tuple[str, str], float]
 """Values by the name of a metric and the policy that it is of, ``""`` for vLLM's own, added up over
 engines and servers."""
@@ -87,6 +89,16 @@ def lines(before: Sample, now: Sample, seconds: float) -> Iterator[str]:
             f"{rate(f'{PREFIX}scored_blocks_total', policy):>10.1f}"
             f"{rate(f'{PREFIX}scoring_time_seconds_total', policy):>9.1%}"
             f"{value(f'{PREFIX}fallbacks_total', policy):>8.0f}"
+        )
+    host_bytes = sum(value(f"{PREFIX}host_bytes", policy) for policy in policies)
+    if host_bytes:
+        wanted = sum(rate(f"{PREFIX}wanted_blocks_total", policy) for policy in policies)
+        recalled = sum(rate(f"{PREFIX}recalled_blocks_total", policy) for policy in policies)
+        dropped = sum(value(f"{PREFIX}dropped_blocks_total", policy) for policy in policies)
+        found = f"; {1 - recalled / wanted:.0%} of what was wanted was here" if wanted else ""
+        yield (
+            f"host memory: {host_bytes / GIB:.2f} GiB of evicted blocks; {recalled:.1f} blocks/s "
+            f"come back{found}; {dropped:.0f} dropped since the start"
         )
     yield ""
     yield (

@@ -526,7 +526,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                         (self.recalled, due.recalled),
                     ):
                         until = {at: blocks for at, blocks in of.items() if at <= settled}
-                        assert happened[request_id][group] == until, request_id
+                        assert happened[request_id][group] == until, (request_id, start, expected)
             if self.forgets:
                 continue  # what can come back depends on the others
             # Nor does it matter how the prompt was cut into chunks, or when scores came.

@@ -10,11 +10,11 @@ A, B = Owner(0, "a"), Owner(1, "b")
 
 def test_a_block_is_copied_once_however_often_it_goes() -> None:
     pool = HostPool(4)
-    assert pool.keep(A, 7, 30, None) == 0
+    assert pool.keep(A, 7, 30, None) == (1, 0)
     assert pool.take_copies() == HostCopies([BlockCopy(0, 30, 0)], [])
     pool.recall(A, 7, 12)
     assert pool.take_copies() == HostCopies([], [BlockCopy(0, 12, 0)])
-    assert pool.keep(A, 7, 12, None) == 0
+    assert pool.keep(A, 7, 12, None) == (0, 0)
     assert pool.take_copies() is None
     assert dict(pool.blocks_of(A)) == {7: 0}
 
@@ -41,11 +41,11 @@ def test_equal_blocks_share_a_slot_and_outlive_their_owners() -> None:
 def test_what_was_wanted_the_longest_time_ago_goes_first() -> None:
     pool = HostPool(3)
     for index in range(3):
-        assert pool.keep(A, index, 10 + index, None) == 0
+        assert pool.keep(A, index, 10 + index, None) == (1, 0)
     pool.take_copies()
     pool.recall(A, 0, 20)
     pool.take_copies()
-    assert pool.keep(B, 9, 30, None) == 1
+    assert pool.keep(B, 9, 30, None) == (1, 1)
     assert sorted(pool.blocks_of(A)) == [0, 2]
     assert pool.take_copies() == HostCopies([BlockCopy(1, 30, 1)], [])
 
@@ -57,7 +57,7 @@ def test_what_is_about_to_be_read_stays() -> None:
     pool.take_copies()
     pool.recall(A, 0, 20)
     pool.recall(A, 1, 21)
-    assert pool.keep(B, 5, 30, None) == 1, "it is the new block that has no place"
+    assert pool.keep(B, 5, 30, None) == (0, 1), "it is the new block that has no place"
     assert not pool.blocks_of(B)
     copies = pool.take_copies()
     assert copies is not None

@@ -6,10 +6,20 @@ from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import NamedTuple
 
 from ..messages import BlockCopy, HostCopies, Owner
 
 NOTHING: Mapping[int, int] = MappingProxyType({})
+
+
+class Keeping(NamedTuple):
+    """What became of a block that was to be kept."""
+
+    copied: int = 0
+    """1 if the next step copies it; 0 if it is here already, or has no place."""
+    dropped: int = 0
+    """Blocks of whatever requests that can no longer be recalled, for want of a slot."""
 
 
 @dataclass
@@ -54,7 +64,7 @@ class HostPool:
         """The slot of each block that an owner has here, by logical index; a view."""
         return self._slots.get(owner, NOTHING)
 
-    def keep(self, owner: Owner, index: int, block_id: int, content: Hashable | None) -> int:
+    def keep(self, owner: Owner, index: int, block_id: int, content: Hashable | None) -> Keeping:
         """Keep a block that is evicted; the next step copies it, unless it is here already.
 
         Args:
@@ -63,21 +73,17 @@ class HostPool:
             block_id: where it is on the device.
             content: equal for blocks of equal content, as vLLM's block hash is; ``None`` where
                 there is none.
-
-        Returns:
-            How many blocks of other requests, or this one itself, had to go for want of a slot.
         """
         slots = self._slots.setdefault(owner, {})
         if index in slots:
             self._kept.move_to_end(slots[index])
-            return 0
-        num_dropped = 0
+            return Keeping()
+        kept = Keeping()
         slot = None if content is None else self._by_content.get(content)
         if slot is None:
+            kept = Keeping(copied=1, dropped=0 if self._free else self._drop())
             if not self._free:
-                num_dropped = self._drop()
-            if not self._free:
-                return 1  # all that is here is being read
+                return Keeping(dropped=1)  # all that is here is being read
             slot = self._free.pop()
             self._kept[slot] = _Kept(content)
             self._out[slot] = BlockCopy(owner.group_id, block_id, slot)
@@ -86,7 +92,7 @@ class HostPool:
         self._kept[slot].owners[owner] = index
         self._kept.move_to_end(slot)
         slots[index] = slot
-        return num_dropped
+        return kept
 
     def recall(self, owner: Owner, index: int, block_id: int) -> None:
         """Have the next step copy a block back to the device.

@@ -29,6 +29,7 @@ from ..policies.selection import (
     eviction_point_of_turns,
     is_eviction_point,
     prompt_end,
+    question_point_after,
 )
 from .explain import explain_eviction, sum_up_request
 from .host_pool import HostPool
@@ -216,22 +217,19 @@ class SemanticManager(FullAttentionManager):
         request_id, policy = request.request_id, policy_of(request, self.default_policy)
         if self.host is None or not policy.recalls:
             return None
-        ends = [turn.num_prompt_tokens for turn in earlier_turns_of(request)]
-        ends.append(request.num_prompt_tokens)
-        end = next((end for end in ends if end >= num_computed + 2), 0)
+        num_prompt, turns = request.num_prompt_tokens, earlier_turns_of(request)
+        point = question_point_after(num_computed, num_prompt, turns)
         state = self._requests.get(request_id, RequestBlocks())
-        if end <= state.prompt_read:
+        if point is None or point < state.prompt_read:
             return None
         if state.num_exact_tokens is None:
             # Unless the first eviction is about to be.
-            delay, num_prompt = self.eviction_delay, request.num_prompt_tokens
-            recent = (num_computed - ago for ago in range(delay + 1))
-            first = next(
-                (n for n in recent if self._over_budget_at(request_id, n, num_prompt)), end
-            )
-            if end - 1 <= first + delay:
+            delay = self.eviction_delay
+            now = (num_computed - ago for ago in range(delay + 1))
+            first = next((n for n in now if self._over_budget_at(request_id, n, num_prompt)), point)
+            if point <= first + delay:
                 return None
-        return end - 1
+        return point
 
     def answer(self, request: Request, point: int) -> tuple[int, int]:
         """Choose what the end of a prompt is read with, among all blocks that there are.
@@ -592,10 +590,11 @@ class SemanticManager(FullAttentionManager):
         policy = self.policy_of(request_id)
         if self.host is None or not policy.recalls:
             return
-        owner = Owner(self.kv_cache_group_id, request_id)
+        owner, stats = Owner(self.kv_cache_group_id, request_id), self.stats_by_policy[policy.name]
         for i, block_id, block_hash in evicted:
-            num_dropped = self.host.keep(owner, i, block_id, block_hash)
-            self.stats_by_policy[policy.name].dropped_blocks += num_dropped
+            kept = self.host.keep(owner, i, block_id, block_hash)
+            stats.copied_blocks += kept.copied
+            stats.dropped_blocks += kept.dropped
 
     def _undo_recall(self, request_id: str, index: int) -> bool:
         """Take back a recall that no worker has been told of; whether there was one.

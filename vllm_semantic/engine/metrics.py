@@ -25,6 +25,15 @@ COUNTERS = {
         "Requests that went over the budget of their policy. One that was preempted since "
         "counts again."
     ),
+    "copied_blocks": "Evicted KV cache blocks that were copied to host memory.",
+    "recalled_blocks": "KV cache blocks that came back from host memory.",
+    "wanted_blocks": (
+        "KV cache blocks that were chosen by score where evicted ones could be, those that came "
+        "back included: without them, what was on the device already."
+    ),
+    "dropped_blocks": (
+        "Evicted KV cache blocks that requests could no longer recall: host memory was full."
+    ),
     "fallbacks": "Evictions by age where a policy should have chosen and failed.",
 }
 
@@ -35,6 +44,11 @@ SCORING_SECONDS = (
 
 RECOVERED_BLOCKS = (
     "KV cache blocks that the running requests would hold in the full cache and have given up."
+)
+
+HOST_BYTES = (
+    "Host memory that evicted KV cache blocks take, those of requests that have ended included as "
+    "long as nothing else needs their place."
 )
 
 SCORE_AGE_STEPS = (
@@ -63,6 +77,9 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
         )
         self._metrics["recovered_blocks"] = Gauge(
             "vllm:kv_policy_recovered_blocks", RECOVERED_BLOCKS, labels, multiprocess_mode="sum"
+        )
+        self._metrics["host_bytes"] = Gauge(
+            "vllm:kv_policy_host_bytes", HOST_BYTES, labels, multiprocess_mode="sum"
         )
         self._metrics["score_age_steps"] = Histogram(
             "vllm:kv_policy_score_age_steps", SCORE_AGE_STEPS, labels, buckets=(1, 2, 4, 8, 16, 64)

@@ -64,6 +64,9 @@ class KVPolicyMixin(Scheduler):
         self.peak_kv_blocks = 0
         self.host_pool = HostPool(spec.host_slots) if spec.host_slots else None
         self.kv_cache_manager.host_pool = self.host_pool
+        group = self.kv_cache_config.kv_cache_groups[self._points_manager.kv_cache_group_id]
+        self._slot_bytes = spec.page_size_bytes * len(group.layer_names)
+        self._slot_bytes *= self.vllm_config.parallel_config.tensor_parallel_size
         self._stopped_while_preempted: list[Request] = []
         for manager in self.kv_policy_managers.values():
             manager.requests = self.requests
@@ -134,6 +137,10 @@ class KVPolicyMixin(Scheduler):
         """vLLM's numbers of a step, with what the policy did; ``None`` without log stats."""
         scheduler_stats = super().make_stats(*args, **kwargs)
         if scheduler_stats is not None:
+            if self.host_pool is not None:
+                name = self.served_policies.default.name
+                of_server = self._points_manager.stats_by_policy[name]
+                of_server.host_bytes = self.host_pool.num_used * self._slot_bytes
             for manager in self.kv_policy_managers.values():
                 for policy, stats in manager.stats_by_policy.items():
                     attach_changes(scheduler_stats, policy, stats)
@@ -300,6 +307,15 @@ class KVPolicyMixin(Scheduler):
             self.max_model_len,
             capacity(num_blocks, num_groups * full_blocks),
         )
+        if self.host_pool is not None:
+            num_tokens = self.host_pool.num_slots * spec.block_size // num_groups
+            logger.info(
+                "KV policy %s: host memory for %d evicted blocks of %d bytes, %s tokens",
+                spec.policy.name,
+                self.host_pool.num_slots,
+                self._slot_bytes,
+                f"{num_tokens:,}",
+            )
         cache_config = self.vllm_config.cache_config
         if spec.policy.bounded and cache_config.kv_cache_size_tokens:
             logger.info(

@@ -37,6 +37,9 @@ class EvictionStats:
     fallbacks: int = 0
     """Evictions by age where the policy should have chosen and failed."""
 
+    copied_blocks: int = 0
+    """Evicted blocks that were copied to host memory."""
+
     recalled_blocks: int = 0
     """Blocks that came back from host memory."""
 
@@ -48,6 +51,10 @@ class EvictionStats:
 
     recovered_blocks: int = 0
     """What the running requests have given up. Not a counter: it falls as they finish."""
+
+    host_bytes: int = 0
+    """Host memory that evicted blocks take now, of all tensor-parallel ranks; counted under the
+    server's own policy. Not a counter. Written by the scheduler."""
 
     score_ages: Counter[int] = field(default_factory=Counter)
     """Evictions by how many scheduler steps ago their scores were asked for."""
@@ -72,6 +79,7 @@ class EvictionStats:
             self.scored_blocks,
             self.recovered_blocks,
             self.scoring_microseconds,
+            self.host_bytes,
         )
         if now == self._taken_at:
             return {}

@@ -27,7 +27,6 @@ from ..messages import (
     step_of,
 )
 from ..policies.trial import num_judged_blocks
-from ..recall import GIB
 from ..served import CONFIG_KEY, ServedPolicies
 from .backend import CapturingImpl, CompactingBuilder, StepBuffers
 from .cached_kv import CachedKV, Places, stack_layers
@@ -311,11 +310,6 @@ class KVPolicyWorkerMixin(Worker):
             scored[group_id] = [
                 replace(of, host=cache) for of, cache in zip(layers, caches, strict=True)
             ]
-        logger.info(
-            "KV policy %s: host memory for evicted blocks: %.2f GiB",
-            self.served_policies.default.name,
-            host.num_bytes / GIB,
-        )
         return host
 
     def _step_buffers(self, max_num_blocks: int) -> StepBuffers:

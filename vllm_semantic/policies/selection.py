@@ -75,6 +75,28 @@ def eviction_point_of_turns(
     return eviction_point_from(num_tokens, num_prompt_tokens, block_size, prefill_interval)
 
 
+def question_point_after(
+    num_tokens: int, num_prompt_tokens: int, turns: Sequence[EarlierTurn]
+) -> int | None:
+    """Where the last token of a prompt, or of a session's next turn, is all that is left of it.
+
+    Args:
+        num_tokens: computed tokens; the point lies behind them.
+        num_prompt_tokens: where the prompt ends now.
+        turns: the turns before, in order.
+
+    Returns:
+        Computed tokens; ``None`` if nothing of any prompt is left before its last token. A turn of
+        one token has no such point.
+    """
+    begun = 0
+    for end, answered in (*turns, EarlierTurn(num_prompt_tokens, num_prompt_tokens)):
+        if end - 1 > max(num_tokens, begun):
+            return end - 1
+        begun = answered
+    return None
+
+
 def blocks_to_evict(kept: Sequence[int], budget: BlockBudget, scores: Sequence[float]) -> list[int]:
     """Choose the blocks a request gives up to be within its budget.
 
