@@ -116,7 +116,7 @@ def main() -> None:
     )
     task.add_argument("--mode", choices=("decode", "prefill"), default=default.mode)
     numbers = ("layer_skew_tokens", "num_tokens", "num_prompt", "max_documents", "questions")
-    for name in (*numbers, "block_size", "seed"):
+    for name in (*numbers, "recall_gib", "recall_blocks", "block_size", "seed"):
         flag = f"--{name.replace('_', '-')}"
         task.add_argument(
             flag, type=int, default=getattr(default, name), help="default: %(default)s"

@@ -21,13 +21,14 @@ from rich.console import Console
 from vllm_semantic.hooks import DEFAULT_BLOCK_SIZE
 from vllm_semantic.policies import POLICIES
 from vllm_semantic.policies.oracle import FUTURE_ATTENTION
+from vllm_semantic.recall import RECALL_BLOCKS, RECALL_GIB
 
 from . import recall, tables, texts
 from .context import RESULTS, context
 from .engines import RemoteEngine, engine
 from .models import CHECKPOINT
 from .progress import progress_bar
-from .rows import Row, rows_of
+from .rows import Row, rows_of, server_options
 from .shapes import kv_bytes
 from .statistics import by_distance, difference, excess_ratio, paired_difference, perplexity
 
@@ -54,6 +55,9 @@ class Settings:
     """Of layers that evict for themselves; every rule that scores is measured with each."""
     layer_skew_tokens: int = 0
     """What the last of several groups keeps beyond the budget, and the first falls short of it."""
+    recall_gib: int = 4
+    recall_blocks: int = 2
+    """Host memory, and blocks that come back at a point of an answer, where a policy recalls."""
     num_tokens: int = 2000
     num_prompt: int = 500
     max_documents: int = 24
@@ -167,12 +171,15 @@ def measure(settings: Settings, row: Row, work: Work) -> dict[str, Any]:
         num_tokens = max(len(documents), 8) * (settings.num_tokens + 2 * 128)
         kwargs["kv_cache_memory_bytes"] = kv_bytes(settings.model, num_tokens, itemsize=4)
         kwargs["enforce_eager"] = True  # compiling takes longer than reading
+    recall_options = server_options(
+        [row], {RECALL_GIB: settings.recall_gib, RECALL_BLOCKS: settings.recall_blocks}
+    )
     chunk = CHUNK if settings.mode == "prefill" else max(CHUNK, settings.num_tokens)
     name = row.policy.partition(":")[0]
     with engine(
         settings.model,
         name,
-        row.options,
+        row.options | recall_options,
         dtype=settings.dtype,
         max_model_len=settings.num_tokens + 1,
         max_num_batched_tokens=chunk,
