@@ -26,6 +26,7 @@ SMALL_BUDGET = [
     "--kv-policy-config.recent_tokens=64",
     "--kv-policy-config.semantic_tokens=64",
     "--kv-policy-config.max_request_tokens=256",
+    "--kv-policy-config.recall_gib=0.25",
     f"--block-size={BLOCK_SIZE}",
     "--max-num-batched-tokens=256",
     "--max-model-len=2048",

@@ -35,7 +35,7 @@ def test_all_is_well(llama: str) -> None:
     assert run.stdout.endswith("All is well.\n")
     lines = {line.strip().partition(" ")[0]: line for line in run.stdout.splitlines()}
     assert "fits" in lines["FLASH_ATTN" if on_gpu() else "CPU_ATTN"]
-    assert "sink 8 + recent 64 + semantic 512 = 584 tokens" in lines["policy"]
+    assert "sink 8 + recent 128 + semantic 512 = 648 tokens" in lines["policy"]
     scheduler, worker, runner = ("SemanticScheduler", "SemanticCPUWorker", "V1")
     if on_gpu():
         scheduler, worker, runner = ("AsyncSemanticScheduler", "SemanticWorker", "V2")

@@ -23,11 +23,11 @@ STUDY = {**POLICIES["semantic"], "similarity": "study"}
 
 RULES: dict[str, dict[str, Any]] = {
     "semantic, as in the study": STUDY,
-    "semantic, by contribution": {**POLICIES["semantic"], "similarity": "contribution"},
-    "semantic, by contribution to one head": {
+    "semantic, by contribution to all heads": {**POLICIES["semantic"], "heads": "mean"},
+    "semantic, by attention": {
         **POLICIES["semantic"],
-        "similarity": "contribution",
-        "heads": "max",
+        "similarity": "attention",
+        "heads": "mean",
     },
 } | {
     name: {"sink_tokens": 8, "recent_tokens": 64, "selected_tokens": 128}
@@ -37,21 +37,17 @@ RULES: dict[str, dict[str, Any]] = {
 GROUPS: dict[str, dict[str, Any]] = {
     "semantic, in 2 groups": POLICIES["semantic"] | {"layer_groups": 2},
     "semantic, in 2 groups, the first larger": POLICIES["semantic"]
-    | {"layer_groups": 2, "layer_skew_tokens": -64, "similarity": "contribution"},
+    | {"layer_groups": 2, "layer_skew_tokens": -64, "similarity": "attention", "heads": "mean"},
 }
 """Each half of the layers for itself."""
 
-AT_QUESTIONS = {
-    **POLICIES["semantic"],
-    "similarity": "contribution",
-    "heads": "max",
-    "recall_gib": 0.125,
-}
+AT_QUESTIONS = {**POLICIES["semantic"], "recall_gib": 0.125}
 RECALL: dict[str, dict[str, Any]] = {
     "semantic, recalled for the end of a prompt": AT_QUESTIONS,
     "semantic, recalled for the answer too": {
-        **POLICIES["semantic"],
-        "recall_gib": 0.125,
+        **AT_QUESTIONS,
+        "similarity": "attention",
+        "heads": "mean",
         "recall_blocks": 2,
     },
     "semantic, recalled in 2 groups": {
@@ -257,8 +253,8 @@ def case_options(policy: str, options: dict[str, Any]) -> dict[str, Any]:
     """A policy's options in the oracle's words."""
     words = {name.replace("semantic_", "selected_"): value for name, value in options.items()}
     words["recall"] = bool(words.pop("recall_gib", 0))
-    similarity = words.pop("similarity", "attention")
-    similarity += ", max" * (words.pop("heads", "mean") == "max")
+    similarity, heads = words.pop("similarity", "contribution"), words.pop("heads", "max")
+    similarity += ", max" * (heads == "max" and similarity != "study")
     return {"rule": {"streaming": "age", "semantic": similarity}.get(policy, policy), **words}
 
 

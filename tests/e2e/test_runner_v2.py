@@ -38,7 +38,7 @@ SUITES = {
         "tests/e2e/test_oracle.py::test_groups_of_layers_agree_with_oracle[llama-32]",
         "tests/e2e/test_oracle.py::test_recall_agrees_with_oracle[llama-32]",
         "tests/e2e/test_oracle.py::test_rules_of_the_field_agree_with_oracle"
-        "[semantic, by contribution to one head]",
+        "[semantic, by attention]",
     ],
     "state": [
         "tests/e2e/test_identity.py::test_policy_runs_where_it_says",

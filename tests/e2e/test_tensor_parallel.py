@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from vllm import SamplingParams
 
@@ -10,7 +12,13 @@ from ..models import random_prompts
 
 pytestmark = pytest.mark.devices(2)
 
-OPTIONS = {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 128}
+OPTIONS = {
+    "sink_tokens": 8,
+    "recent_tokens": 64,
+    "semantic_tokens": 128,
+    "recall_gib": 0.125,
+    "recall_blocks": 2,
+}
 PROMPTS = random_prompts([600, 60, 900, 300])
 PARAMS = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True, detokenize=False)
 
@@ -21,7 +29,7 @@ def run(
     model: str,
     tensor_parallel_size: int,
     policy: str = "semantic",
-    options: dict[str, int] = OPTIONS,
+    options: dict[str, Any] = OPTIONS,
     fails: bool = False,
 ) -> Result:
     """Tokens and evictions of each prompt."""

@@ -198,9 +198,9 @@ def test_additional_config_is_validated_too() -> None:
 @pytest.mark.parametrize(
     ("policy", "block_size", "option", "tokens"),
     [
-        (SemanticPolicy(), 65, "recent_tokens", 64),
-        (SemanticPolicy(), 128, "recent_tokens", 64),
-        (SemanticPolicy(recent_tokens=256), 193, "semantic_tokens", 192),
+        (SemanticPolicy(), 129, "recent_tokens", 128),
+        (SemanticPolicy(recent_tokens=64), 128, "recent_tokens", 64),
+        (SemanticPolicy(recent_tokens=256), 129, "semantic_tokens", 128),
         (StreamingPolicy(), 257, "recent_tokens", 256),
         (OwnPolicy(), 64, "favourite_tokens", 32),
     ],
@@ -219,7 +219,7 @@ def test_a_block_size_coarser_than_a_part(
 @pytest.mark.parametrize(
     ("policy", "block_size"),
     [
-        (SemanticPolicy(), 64),  # the sink rounds up
+        (SemanticPolicy(), 128),  # the sink rounds up
         (SemanticPolicy(semantic_tokens=0), 64),  # asked for nothing, gets nothing
         (StreamingPolicy(), 256),
         (FullPolicy(), 4096),  # nothing to round
@@ -235,7 +235,7 @@ def test_a_block_size_that_fits(policy: KVPolicy, block_size: int) -> None:
 def test_describe_says_what_is_held() -> None:
     assert describe(FullPolicy(), 16) == "KV policy full: every block is kept"
     assert describe(SemanticPolicy(), 32) == (
-        "KV policy semantic: sink 8 + recent 64 + semantic 192 = 264 tokens, "
+        "KV policy semantic: sink 8 + recent 128 + semantic 128 = 264 tokens, "
         "held as 9 blocks of 32 (288 tokens) per request"
     )
     assert describe(StreamingPolicy(), 16) == (

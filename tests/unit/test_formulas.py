@@ -63,19 +63,20 @@ def test_tova_is_what_the_newest_query_attends_to() -> None:
     assert score("tova", SIX_TOKENS) == pytest.approx(LAST)
 
 
-def test_semantic_is_the_mean_over_its_queries() -> None:
+def test_attention_is_the_mean_over_its_queries() -> None:
     two = shares([1, 2], [3, 4], [5, 5], queries=[[1.0, 0.0], [1.0, 0.0]])
     expected = [(last + before) / 2 for last, before in zip(LAST, BEFORE, strict=True)]
-    assert score("semantic", two) == pytest.approx(expected)
+    found = score("semantic", two, similarity="attention", heads="mean")
+    assert found == pytest.approx(expected)
 
 
-def test_semantic_by_the_highest_head() -> None:
+def test_attention_by_the_highest_head() -> None:
     """The head of the query of 1, where that of 0 sees all keys the same."""
     two = shares([1, 2], [3, 4], [5, 5], queries=[[1.0, 0.0], [1.0, 0.0]])
     first = [(3 / 20 + 3 / 15) / 2, (7 / 20 + 7 / 15) / 2, (10 / 20 + 5 / 15) / 2]
     second = [(2 / 6 + 2 / 5) / 2, (2 / 6 + 2 / 5) / 2, (2 / 6 + 1 / 5) / 2]
     expected = [max(pair) for pair in zip(first, second, strict=True)]
-    assert score("semantic", two, heads="max") == pytest.approx(expected)
+    assert score("semantic", two, similarity="attention") == pytest.approx(expected)
 
 
 def test_contribution_is_attention_times_the_norm_of_the_value() -> None:
@@ -97,8 +98,8 @@ def test_contribution_is_attention_times_the_norm_of_the_value() -> None:
     second = [(1 * 2 + 1 * 0) / 8, (1 * 1 + 1 * 3) / 8]
     mean = [sum(pair) / 2 for pair in zip(first, second, strict=True)]
     highest = [max(pair) for pair in zip(first, second, strict=True)]
-    assert score("semantic", of, similarity="contribution") == pytest.approx(mean)
-    assert score("semantic", of, similarity="contribution", heads="max") == pytest.approx(highest)
+    assert score("semantic", of, heads="mean") == pytest.approx(mean)
+    assert score("semantic", of) == pytest.approx(highest)
 
 
 def test_contribution_is_of_the_kv_head_that_a_head_reads() -> None:
@@ -120,8 +121,8 @@ def test_h2o_is_the_sum_over_the_tokens_of_a_block() -> None:
 def test_what_is_being_filled_takes_attention_and_gets_no_score() -> None:
     """The second slot of the last block is empty, whatever lies there."""
     five = shares([1, 2], [3, 4], [5, 99], queries=[[1.0]], num_tokens=5)
-    for policy in ("tova", "semantic", "h2o"):
-        assert score(policy, five) == pytest.approx([3 / 15, 7 / 15]), policy
+    for policy, options in {"tova": {}, "semantic": {"similarity": "attention"}, "h2o": {}}.items():
+        assert score(policy, five, **options) == pytest.approx([3 / 15, 7 / 15]), policy
 
 
 def test_snapkv_is_the_mean_of_seven_neighbours() -> None:
@@ -200,8 +201,6 @@ def test_study_is_the_cosine_with_the_mean_key() -> None:
     first = (1.5 + 2.5) / sqrt(2) / sqrt(1.5**2 + 2.5**2) + 3 / sqrt(3**2 + 5**2)
     scores = score("semantic", view(SQUARE, queries), similarity="study")
     assert scores == pytest.approx([first / 2, 0.0])
-    scores = score("semantic", view(SQUARE, queries), similarity="study", heads="max")
-    assert scores == pytest.approx([4 / sqrt(2) / sqrt(1.5**2 + 2.5**2), 0.0])
 
 
 WINDOWS_AND_DECAYS = {
@@ -213,7 +212,7 @@ WINDOWS_AND_DECAYS = {
     "keydiff": (1, 0.0),
     "quest": (1, 0.0),
     "ucm": (1, 0.0),
-    "semantic": (8, 0.8),
+    "semantic": (8, 0.9),
 }
 
 
@@ -221,8 +220,8 @@ def test_windows_and_decays_are_the_documented_ones() -> None:
     scoring = {name: cls() for name, cls in POLICIES.items() if cls().scores_blocks}
     found = {name: (policy.num_queries, policy.decay) for name, policy in scoring.items()}
     assert found == WINDOWS_AND_DECAYS
-    contribution = SemanticPolicy(similarity="contribution")
-    assert (contribution.num_queries, contribution.decay) == (8, 0.9)
+    attention = SemanticPolicy(similarity="attention")
+    assert (attention.num_queries, attention.decay) == (8, 0.8)
     study = SemanticPolicy(similarity="study")
     assert (study.num_queries, study.decay) == (1, 0.0)
 
@@ -230,7 +229,7 @@ def test_windows_and_decays_are_the_documented_ones() -> None:
 @pytest.mark.parametrize(
     ("policy", "worth"),
     [
-        ("semantic", [4.0, 1 + 0.8 * 4, 2 + 0.8 * (1 + 0.8 * 4)]),
+        ("semantic", [4.0, 1 + 0.9 * 4, 2 + 0.9 * (1 + 0.9 * 4)]),
         ("h2o", [4.0, 1 + 4, 2 + 1 + 4]),
         ("tova", [4.0, 1.0, 2.0]),
     ],

@@ -117,7 +117,7 @@ view = BlockView(torch.ones(1, 1, 4, 8), keys, keys.clone, torch.arange(2), 32, 
 scores = policy.score(view)
 print(policy.budget(32).total, scores.shape[1], KVPolicyStep().evictions)
 """
-    assert run_python(code, repo) == "6 2 {}"
+    assert run_python(code, repo) == "8 2 {}"
 
 
 def test_importing_the_plugin_is_cheap(repo: Path) -> None:

@@ -438,6 +438,7 @@ def test_a_score_is_not_switched_off_by_a_default(write: Write) -> None:
 def test_reserved_names_are_those_that_are_read() -> None:
     named = {"name", "bounded", "choices"}
     options = {served.MAX_REQUEST_TOKENS, served.LAYER_GROUPS, served.LAYER_SKEW}
+    options |= {served.RECALL_GIB, served.RECALL_BLOCKS}
     assert set(RESERVED) == named | {served.PIN, served.PIN_TOKENS} | options
 
 

@@ -29,15 +29,22 @@ DOCUMENTED = {
     "streaming": {"sink_tokens": 4, "recent_tokens": 256},
     "semantic": {
         "sink_tokens": 8,
-        "recent_tokens": 64,
-        "semantic_tokens": 192,
-        "similarity": "attention",
-        "heads": "mean",
+        "recent_tokens": 128,
+        "semantic_tokens": 128,
+        "similarity": "contribution",
+        "heads": "max",
+        "recall": True,
     },
-    "h2o": {"sink_tokens": 8, "recent_tokens": 128, "selected_tokens": 128},
-    "random": {"sink_tokens": 8, "recent_tokens": 64, "selected_tokens": 192, "seed": 0},
+    "h2o": {"sink_tokens": 8, "recent_tokens": 128, "selected_tokens": 128, "recall": True},
+    "random": {
+        "sink_tokens": 8,
+        "recent_tokens": 64,
+        "selected_tokens": 192,
+        "recall": True,
+        "seed": 0,
+    },
 } | {
-    name: {"sink_tokens": 8, "recent_tokens": 64, "selected_tokens": 192}
+    name: {"sink_tokens": 8, "recent_tokens": 64, "selected_tokens": 192, "recall": True}
     for name in (
         *("tova", "snapkv", "paged_eviction", "knorm", "keydiff", "quest", "ucm"),
         "oracle",
@@ -76,12 +83,12 @@ def test_what_each_policy_does() -> None:
 @pytest.mark.parametrize(
     ("block_size", "semantic", "streaming"),
     [
-        (1, BlockBudget(8, 64, 192), BlockBudget(4, 256, 0)),
-        (16, BlockBudget(1, 4, 12), BlockBudget(1, 16, 0)),
-        (32, BlockBudget(1, 2, 6), BlockBudget(1, 8, 0)),
-        (48, BlockBudget(1, 2, 4), BlockBudget(1, 6, 0)),
-        (64, BlockBudget(1, 1, 3), BlockBudget(1, 4, 0)),
-        (128, BlockBudget(1, 1, 2), BlockBudget(1, 2, 0)),
+        (1, BlockBudget(8, 128, 128), BlockBudget(4, 256, 0)),
+        (16, BlockBudget(1, 8, 8), BlockBudget(1, 16, 0)),
+        (32, BlockBudget(1, 4, 4), BlockBudget(1, 8, 0)),
+        (48, BlockBudget(1, 3, 3), BlockBudget(1, 6, 0)),
+        (64, BlockBudget(1, 2, 2), BlockBudget(1, 4, 0)),
+        (128, BlockBudget(1, 1, 1), BlockBudget(1, 2, 0)),
     ],
 )
 def test_default_budgets_in_blocks(

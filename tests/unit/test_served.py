@@ -108,7 +108,7 @@ def test_what_was_chosen_is_chosen_again(served: ServedPolicies) -> None:
         ({"semantic_tokens": "9" * 500}, r"kv_policy.semantic_tokens '9+\.\.\.9+' is not"),
         (
             {"similarity": "x"},
-            r"kv_policy.similarity 'x' is not known; allowed: attention, contribution, study",
+            r"kv_policy.similarity 'x' is not known; allowed: contribution, attention, study",
         ),
         ({"similarity": []}, r"kv_policy.similarity \[\] is not known"),
         ({"recent_tokens": 0}, r"kv_policy.recent_tokens 0 would evict"),
@@ -117,14 +117,14 @@ def test_what_was_chosen_is_chosen_again(served: ServedPolicies) -> None:
         ({"pin_prompt_tokens": True}, r"kv_policy.pin_prompt_tokens True is not a number"),
         ({"pin": "user"}, r"kv_policy.pin 'user' is not known; allowed: system"),
         ({"pin": "system"}, r"kv_policy.pin 'system' needs a chat .* kv_policy.pin_prompt_tokens"),
-        ({"semantic_tokens": 193}, r"keeps 10 blocks of 32 tokens; allowed: 9 blocks, the server"),
+        ({"semantic_tokens": 129}, r"keeps 10 blocks of 32 tokens; allowed: 9 blocks, the server"),
         (
             {"pin_prompt_tokens": 33},
             r"'pin_prompt_tokens': 33} keeps 10 blocks .* --kv-policy-config.max_request_tokens",
         ),
         (
-            {"pin_prompt_tokens": 32, "semantic_tokens": 256},
-            r"'semantic_tokens': 256, .*'pin_prompt_tokens': 32} keeps 11 blocks",
+            {"pin_prompt_tokens": 32, "semantic_tokens": 192},
+            r"'semantic_tokens': 192, .*'pin_prompt_tokens': 32} keeps 11 blocks",
         ),
         ("full", r"kv_policy \{'name': 'full'\} keeps 128 blocks"),
     ],
@@ -169,8 +169,8 @@ GROUPED = {"name": "semantic", "layer_groups": 3}
         (GROUPED | {"layer_skew_tokens": "64"}, r"_tokens '64' is not a number of tokens; allowed"),
         (GROUPED | {"layer_skew_tokens": True}, r"_tokens True is not a number of tokens; allowed"),
         (GROUPED | {"layer_skew_tokens": 2**40}, r"is not a number of tokens; allowed: integers"),
-        (GROUPED | {"layer_skew_tokens": 193}, r"193 is more than the 192 tokens .* -192 to 192"),
-        (GROUPED | {"layer_skew_tokens": -193}, r"-193 is more than the 192 tokens"),
+        (GROUPED | {"layer_skew_tokens": 129}, r"129 is more than the 128 tokens .* -128 to 128"),
+        (GROUPED | {"layer_skew_tokens": -129}, r"-129 is more than the 128 tokens"),
         (GROUPED | {"name": "streaming", "layer_skew_tokens": 1}, r"1 is more than the 0 tokens"),
         ({"name": "semantic", "layer_skew_tokens": 32}, r"needs --kv-policy-config.layer_groups"),
     ],
@@ -181,13 +181,13 @@ def test_a_skew_that_does_not_fit(config: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("skew", "budgets"), [(0, [9, 9, 9]), (96, [6, 9, 12]), (-96, [12, 9, 6]), (192, [3, 9, 15])]
+    ("skew", "budgets"), [(0, [9, 9, 9]), (96, [6, 9, 12]), (-96, [12, 9, 6]), (128, [5, 9, 13])]
 )
 def test_deeper_layers_keep_more(skew: int, budgets: list[int]) -> None:
     served = ServedPolicies.from_config(GROUPED | {"layer_skew_tokens": skew})
     of_default = [served.budget(served.default, 32, group) for group in range(3)]
     assert [budget.total for budget in of_default] == budgets
-    assert {(budget.sink, budget.recent) for budget in of_default} == {(1, 2)}
+    assert {(budget.sink, budget.recent) for budget in of_default} == {(1, 4)}
     assert served.least_budget(served.default, 32).total == min(budgets)
     words = f", in each of 3 groups of layers on average, from {budgets[0]} blocks in the first to "
     assert served.describe_default(32).endswith(f"{words}{budgets[2]} in the last") == bool(skew)
@@ -195,9 +195,9 @@ def test_deeper_layers_keep_more(skew: int, budgets: list[int]) -> None:
     small = SemanticPolicy(semantic_tokens=64)
     shift = min(2, abs(skew) // 32) * (1 if skew > 0 else -1)
     assert [served.budget(small, 32, group).total for group in range(3)] == [
-        5 - shift,
-        5,
-        5 + shift,
+        7 - shift,
+        7,
+        7 + shift,
     ]
     assert {served.budget(StreamingPolicy(), 32, group).total for group in range(3)} == {9}
     # What is set aside for the largest request covers both.
@@ -301,10 +301,11 @@ def test_checked_arguments_say_all_of_the_policy() -> None:
         REQUEST_KEY: {
             "name": "semantic",
             "sink_tokens": 8,
-            "recent_tokens": 64,
+            "recent_tokens": 128,
             "semantic_tokens": 64,
-            "similarity": "attention",
-            "heads": "mean",
+            "similarity": "contribution",
+            "heads": "max",
+            "recall": True,
         },
     }
 

@@ -248,7 +248,7 @@ async def chunks_of(asked: list[Any]) -> AsyncGenerator[StreamingInput, None]:
         yield StreamingInput(prompt={"prompt_token_ids": [1]}, sampling_params=params)
 
 
-OTHER_WORDS = {"name": "semantic", "similarity": "attention"}
+OTHER_WORDS = {"name": "semantic", "similarity": "contribution"}
 
 
 @pytest.mark.parametrize(

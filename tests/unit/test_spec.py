@@ -46,7 +46,7 @@ def sizes(max_model_len: int = 8192, max_num_batched_tokens: int = 512, batches:
     """The part of a VllmConfig that sizing reads."""
     return SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=max_model_len),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, tensor_parallel_size=1),
         scheduler_config=SimpleNamespace(
             max_num_batched_tokens=max_num_batched_tokens, async_scheduling=False
         ),
@@ -257,7 +257,7 @@ def test_an_admission_asks_for_no_more_than_a_request_may_hold() -> None:
 
     pool = BlockPool(num_gpu_blocks=4, enable_caching=True, hash_block_size=32)
     small = SemanticPolicy(semantic_tokens=64)
-    for policy, bound, bound_of_small in ((SemanticPolicy(), 26, 22), (FullPolicy(), 128, 22)):
+    for policy, bound, bound_of_small in ((SemanticPolicy(), 26, 24), (FullPolicy(), 128, 24)):
         manager = get_manager_for_kv_cache_spec(
             under(policy),
             max_in_flight_tokens=512,
@@ -277,6 +277,6 @@ def test_an_admission_asks_for_no_more_than_a_request_may_hold() -> None:
 
 
 def test_a_block_size_too_coarse_for_the_policy_is_refused() -> None:
-    spec = under(SemanticPolicy(), replace(FULL_ATTENTION, block_size=128))
+    spec = under(SemanticPolicy(recent_tokens=64), replace(FULL_ATTENTION, block_size=128))
     with pytest.raises(ValueError, match=r"--block-size 128 is too coarse.*recent_tokens 64"):
         SemanticManager(spec)

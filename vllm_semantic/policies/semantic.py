@@ -25,31 +25,31 @@ class SemanticPolicy(KVPolicy):
 
     ``similarity`` says how the two are compared:
 
-    - ``attention``: softly, key by key, as attention itself compares them: the attention that
-      the last eight queries give to a block, averaged over the eviction points so far with a
-      decay. Chosen by measurement, see ``docs/research.md``.
-    - ``contribution``: the same, the attention to each key times the norm of its value: what a
-      block adds, not only how much it is looked at. Its decay is slower.
-    - ``study``: the cosine of the newest query and a block's mean key.
+    - ``contribution``: softly, key by key, as attention itself compares them: the attention that
+      the last eight queries give to each key times the norm of its value, averaged over the
+      eviction points so far with a decay. Chosen by measurement, see ``docs/research.md``.
+    - ``attention``: the same without the values: how much a block is looked at, not what it adds.
+      Its decay is faster.
+    - ``study``: the cosine of the newest query and a block's mean key, averaged over the heads.
 
-    ``heads`` says what the heads of a layer together make of a block: the ``mean``, or what the
-    head says to which it is worth most, ``max``. Under tensor parallelism the ``max`` is over
-    the heads of a rank.
+    ``heads`` says what the heads of a layer together make of a block: what the head says to which
+    it is worth most, ``max``, or the ``mean``. Under tensor parallelism the ``max`` is over the
+    heads of a rank.
 
     ``recall`` says whether evicted blocks may come back, where there is host memory for them.
     """
 
     name: ClassVar[str] = "semantic"
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "similarity": ("attention", "contribution", "study"),
-        "heads": ("mean", "max"),
+        "similarity": ("contribution", "attention", "study"),
+        "heads": ("max", "mean"),
     }
 
     sink_tokens: int = 8
-    recent_tokens: int = 64
-    semantic_tokens: int = 192
-    similarity: str = "attention"
-    heads: Heads = "mean"
+    recent_tokens: int = 128
+    semantic_tokens: int = 128
+    similarity: str = "contribution"
+    heads: Heads = "max"
     recall: bool = True
 
     @property
@@ -62,12 +62,14 @@ class SemanticPolicy(KVPolicy):
 
     def score(self, view: BlockView) -> torch.Tensor:
         if self.similarity == "study":
-            return mean_key_cosine(view.queries[:, -1], view.full.keys, self.heads)
+            return mean_key_cosine(view.queries[:, -1], view.full.keys)
         added = self.similarity == "contribution"
         by_head = view.contributions() if added else view.attention_to_blocks()
         return over_heads(by_head.mean(2), 1, self.heads)
 
     def score_cached(self, cached: CachedBlocks) -> torch.Tensor | None:
+        if self.similarity == "study":
+            return cached_mean_key_cosine(cached)
         return KERNELS[self.similarity](cached, self.heads)
 
 
@@ -77,6 +79,5 @@ DECAYS = {"attention": 0.8, "contribution": 0.9, "study": 0.0}
 KERNELS = {
     "attention": cached_attention,
     "contribution": cached_contribution,
-    "study": cached_mean_key_cosine,
 }
 """What computes each similarity in place."""
