@@ -139,6 +139,9 @@ def main() -> None:
         task.add_argument(flag, type=int, default=getattr(asked, name), help="default: %(default)s")
     task.add_argument("--dtype", default=asked.dtype)
     task.add_argument("--out", type=Path, default=RESULTS / "turns.json")
+    task.add_argument(
+        "--figures", action="store_true", help="put the headline into results/figures.json"
+    )
 
     task = tasks.add_parser("variants", help=HELP["variants"])
     task.add_argument("--model", type=_model, default=str(MODEL), help=MODELS)
@@ -179,7 +182,11 @@ def main() -> None:
         )
     elif args.task == "turns":
         names = [field.name for field in dataclasses.fields(turns.Settings)]
-        turns.run(turns.Settings(**{name: getattr(args, name) for name in names}), args.out)
+        report = turns.run(
+            turns.Settings(**{name: getattr(args, name) for name in names}), args.out
+        )
+        if args.figures:
+            figures.add(turns.headline(report), report["context"], args.out.stem)
     elif args.task == "quality":
         given = {f.name: getattr(args, f.name) for f in dataclasses.fields(quality.Settings)}
         options = {

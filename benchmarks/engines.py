@@ -404,8 +404,9 @@ class EngineSide:
     def stats(self) -> dict[str, Any]:
         """What the policy did so far, and the memory of the weights in bytes."""
         managers = getattr(self.scheduler, "kv_policy_managers", {}).values()
+        counted = ("evicted_blocks", "copied_blocks", "recalled_blocks", "dropped_blocks")
         return {
-            "evicted_blocks": sum(manager.stats.evicted_blocks for manager in managers),
+            **{name: sum(getattr(m.stats, name) for m in managers) for name in counted},
             "peak_kv_blocks": getattr(self.scheduler, "peak_kv_blocks", None),
             "num_blocks": self.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1,
             "weight_bytes": weight_bytes(self.worker.get_model()),

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vllm_semantic.recall import RECALL_BLOCKS, RECALL_GIB
+
 from . import overhead
 from .context import MODEL, RESULTS, context
 from .engines import RemoteEngine, engine
@@ -181,7 +183,45 @@ def host_step(model: str, rounds: int) -> tuple[dict[str, float], dict[str, Any]
     )
 
 
-TASKS = {task.__name__: task for task in (no_eviction, kv_bound, decode_cost, host_step)}
+def recall_cost(model: str, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """A decode step with host memory for evicted blocks over one without."""
+    num_requests, num_steps = 4, 6 * BLOCK_SIZE
+    kwargs = BASE | {"max_model_len": 20480}
+    kwargs["hf_overrides"] = {"max_position_embeddings": 20480}
+    kept = {RECALL_GIB: 2}
+    with (
+        engine(model, SEMANTIC, **kwargs) as without,
+        engine(model, SEMANTIC, kept, **kwargs) as keeping,
+        engine(model, SEMANTIC, kept | {RECALL_BLOCKS: 2}, **kwargs) as recalling,
+    ):
+        sides = {"without": without, "kept": keeping, "recalled": recalling}
+        times: dict[str, list[float]] = {}
+        for length in (4096, 16384):
+            tokens = random_tokens(num_requests, length - num_steps // 2)
+            measured = alternate(
+                sides,
+                rounds,
+                lambda side, tokens=tokens: side.decode_steps(tokens, num_steps)["seconds"],
+            )
+            times |= {f"{name} at {length}": values for name, values in measured.items()}
+        stats = {name: side.stats() for name, side in sides.items()}
+    assert stats["kept"]["copied_blocks"] > 0
+    assert stats["recalled"]["recalled_blocks"] > 0
+    return (
+        {
+            "recall_decode_over_without_4k": ratio(times, "kept at 4096", "without at 4096"),
+            "recall_decode_over_without_16k": ratio(times, "kept at 16384", "without at 16384"),
+            "recall_in_answers_over_without_16k": ratio(
+                times, "recalled at 16384", "without at 16384"
+            ),
+        },
+        times | {"stats": stats},
+    )
+
+
+TASKS = {
+    task.__name__: task for task in (no_eviction, kv_bound, decode_cost, host_step, recall_cost)
+}
 """Each may be measured by itself."""
 
 

@@ -37,6 +37,8 @@ TASKS: dict[str, recall.Lookup] = {
 }
 """Those that ask several questions about one document."""
 
+FIGURE_BUDGET = 264
+
 ROOM = 64
 """Tokens beyond a document, for a question that comes later and its answer."""
 
@@ -160,6 +162,29 @@ def _accuracies(
         found[task] = recall.accuracy(*zip(*of_task, strict=True))
         del found[task]["by_depth"]
     return found
+
+
+def headline(report: dict[str, Any]) -> dict[str, float]:
+    """The figures of a document of 4000 tokens and a budget of 264, over both kinds of facts.
+
+    Raises:
+        ValueError: the report has them not, or of several policies.
+    """
+    rows = report["lengths"].get("4000", {}).get("asked", {}).get(LATER, {})
+    at = f" @ {FIGURE_BUDGET}" if len(report["context"]["budget"]) > 1 else ""
+    ours = [name for name in rows if name.startswith("semantic") and name.endswith(at)]
+    recalled = [name for name in ours if name.removesuffix(at).endswith(":recall")]
+    evicted = [name for name in ours if name not in recalled]
+    if len(recalled) != 1 or len(evicted) != 1 or "full" not in rows:
+        raise ValueError(
+            f"--figures: needs full and two rows of the semantic policy at {FIGURE_BUDGET}, one "
+            f"that recalls; there are {', '.join(rows)}"
+        )
+    titles = {"full": "full", "evicted": evicted[0], "recalled": recalled[0]}
+    return {
+        f"later_turn_recall_{name}": sum(of["accuracy"] for of in rows[title].values()) / len(TASKS)
+        for name, title in titles.items()
+    }
 
 
 def _table(report: dict[str, Any]) -> Table:
