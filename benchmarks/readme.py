@@ -27,10 +27,10 @@ FIGURES = {
 
 PAIRS = (
     "full - streaming",
-    "full - semantic",
-    "streaming - semantic",
-    "semantic - semantic:study",
-    "streaming - NF4 + semantic",
+    "full - semantic:attention",
+    "streaming - semantic:attention",
+    "semantic:attention - semantic:study",
+    "streaming - NF4 + semantic:attention",
 )
 """Differences that the pages show; the JSON has all."""
 
@@ -55,11 +55,16 @@ def run() -> None:
             ("overhead", "overhead", _overhead),
         ],
         "docs/quality.md": [
+            ("real-one-group", "real-one-group", _rules),
             ("real-few-groups", "real-few-groups", _rules),
             ("turns", "turns", _turns),
             ("turns-in-groups", "turns-in-groups", _turns),
             ("quality", "quality", _quality),
             ("recall", "quality", _recall),
+        ],
+        "docs/recall.md": [
+            ("recall-turns", "recall", _turns),
+            ("recall-cost", "figures", _recall_cost),
         ],
         "docs/research.md": [
             ("rules", "rules", _rules),
@@ -166,6 +171,19 @@ def _figures(report: dict[str, Any]) -> str:
     dates = [f"{name} {of['date'][:10]}" for name, of in details.items()]
     where = f"{_where(report['context'])}; measured: {', '.join(dates)}."
     return _table(["figure", "measured"], rows) + f"\n\n{where}"
+
+
+def _recall_cost(report: dict[str, Any]) -> str:
+    detail = report["details"].get("recall_cost")
+    if detail is None:
+        return "not measured yet"
+    names = {
+        "recall_decode_over_without_4k": "4096 tokens, blocks are kept",
+        "recall_decode_over_without_16k": "16384 tokens, blocks are kept",
+        "recall_in_answers_over_without_16k": "16384 tokens, and up to two come back at each point",
+    }
+    rows = [[name, f"{report[figure]:.3f}"] for figure, name in names.items()]
+    return _table(["a step over one without recall", ""], rows) + f"\n\n{detail['date'][:10]}."
 
 
 def _capacity(report: dict[str, Any]) -> str:
@@ -331,10 +349,10 @@ def _variants(report: dict[str, Any]) -> str:
 def _budgets(report: dict[str, Any]) -> str:
     head = ["budget"]
     for name in report["documents"]:
-        head += [f"PPL {name}, streaming", "semantic", "streaming - semantic, nats"]
+        head += [f"PPL {name}, streaming", "semantic:attention", "difference, nats"]
     rows = []
     for budget in report["context"]["budget"]:
-        age, semantic = f"streaming @ {budget}", f"semantic @ {budget}"
+        age, semantic = f"streaming @ {budget}", f"semantic:attention @ {budget}"
         cells = [str(budget)]
         for name in report["documents"]:
             cells += [f"{report['rows'][row]['perplexity'][name]:.2f}" for row in (age, semantic)]

@@ -223,7 +223,7 @@ def of_one_decision(theta: float) -> dict[str, Variant]:
         "attention of the newest query, decay 0.8": Variant(decayed(mass(1), 0.8)),
         "attention of the newest query, decay 0.95": Variant(decayed(mass(1), 0.95)),
         "attention of 8": Variant(mass(8)),
-        "attention of 8, decay 0.8 (the default)": Variant(decayed(mass(8), 0.8)),
+        "attention of 8, decay 0.8": Variant(decayed(mass(8), 0.8)),
         "attention of 32": Variant(mass(32)),
         "attention of 32, decay 0.8": Variant(decayed(mass(32), 0.8)),
         "attention of 32, sum (H2O)": Variant(decayed(mass(32), 1.0)),
@@ -255,7 +255,7 @@ def of_groups(theta: float) -> dict[str, Variant]:
     }
     return {
         AGE: Variant(None, BlockBudget(1, 8, 0)),
-        "attention of 8, decay 0.8, one decision (the default)": Variant(attention),
+        "attention of 8, decay 0.8, one decision": Variant(attention),
         "contribution, highest head, decay 0.9, recent 128, 5 groups (A)": Variant(best, wide, 5),
         "A, 15 groups": Variant(best, wide, 15),
         "A, each layer": Variant(best, wide, EACH),

@@ -13,10 +13,10 @@ NAMES = sorted(set(re.findall(r"`([a-z_]+(?:\.\w+)+)`", PAGE.read_text())))
 
 
 def test_the_page_walks_through_the_code() -> None:
-    """Each of the six steps, and each row of state, names where it happens."""
+    """Each of the nine steps, and each row of state, names where it happens."""
     assert len(NAMES) >= 20
     steps = re.split(r"(?m)^\d\. ", PAGE.read_text())[1:]
-    assert len(steps) == 6
+    assert len(steps) == 9
     assert all("`engine." in step for step in steps)
 
 

@@ -44,13 +44,14 @@ from vllm.v1.metrics.loggers import (
     StatLoggerManager,
 )
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
@@ -161,6 +162,14 @@ def test_schedule_asks_for_the_size_of_every_chunk() -> None:
 def test_a_lookup_says_what_it_found_and_where_it_ended() -> None:
     lookup = inspect.getsource(KVCacheManager.get_computed_blocks)
     assert "num_new_computed_tokens + num_uncached if num_uncached else 0" in lookup
+
+
+def test_a_chunk_of_nothing_keeps_a_running_request_out_of_a_step() -> None:
+    """How one waits for the scores that say what the end of its prompt asks for."""
+    source = inspect.getsource(Scheduler.schedule)
+    running = source.partition("# Next, schedule the WAITING requests.")[0]
+    after = running.partition("self._reserve_prefill_lookahead(")[2]
+    assert re.search(r"if num_new_tokens == 0:.*?continue", after, re.DOTALL)
 
 
 def test_lookahead_reserves_for_drafts_only() -> None:
@@ -293,6 +302,13 @@ def test_runner_v2_has_what_the_worker_reads() -> None:
     assert "self.index_to_req_id" in state
     assert "req_ids" in {field.name for field in dataclasses.fields(InputBatch)}
     assert "req_idx=input_batch.idx_mapping_np" in inspect.getsource(DefaultModelState)
+    assert "self.num_computed_tokens.stage_write_elem(req_idx" in state
+    update = inspect.getsource(GPUModelRunnerV2.update_requests)
+    assert "num_computed_tokens_np[req_index] = num_computed_tokens" in update, (
+        "on the host it takes the scheduler's number in each step"
+    )
+    assert "self.in_progress_prompt_logprobs: dict" in inspect.getsource(PromptLogprobsWorker)
+    assert {"logprob_token_ids", "logprobs", "selected_token_ranks"} <= set(LogprobsTensors._fields)
     finish = inspect.getsource(GPUModelRunnerV2.finish_requests)
     assert "scheduler_output.preempted_req_ids" in finish
 
@@ -307,6 +323,10 @@ def test_runner_has_what_the_worker_reads() -> None:
     source = inspect.getsource(GPUModelRunner)
     for expression in ("self.input_batch", "self.attn_groups"):
         assert expression in source
+    update = inspect.getsource(GPUModelRunner._update_states)
+    assert "self.input_batch.num_computed_tokens_cpu[req_index] = num_computed_tokens" in update, (
+        "it takes the scheduler's number in each step, also a smaller one"
+    )
     append = inspect.getsource(BlockTable.append_row)
     assert "self.num_blocks_per_row[row_idx] += num_blocks" in append, "rows only grow"
 

@@ -10,6 +10,7 @@ from vllm.utils.math_utils import cdiv
 
 from ..policies.trial import AttentionShape
 from ..recall import GIB
+from .host_blocks import MAX_STAGED
 from .query_windows import QueryWindows
 from .scorer import scratch_bytes
 from .spec import SemanticSpec
@@ -84,8 +85,14 @@ def reserved_memory(
         num_blocks = min(num_blocks, max_num_reqs * (budget_blocks + 1) + shared_blocks)
     num_heads = max(layer.num_heads for layer in scored)
     shape = AttentionShape(num_heads, spec.num_kv_heads, spec.head_size, spec.block_size)
+    num_recallable = 0
+    if spec.host_slots:
+        num_recallable = cdiv(vllm_config.model_config.max_model_len, spec.block_size)
+        num_recallable = min(num_recallable, spec.host_slots)
     scoring = max(
-        scratch_bytes(policy, len(scored) // len(groups), num_blocks, shape, device)
+        scratch_bytes(policy, len(scored) // len(groups), num_blocks, shape, device, num_recallable)
         for policy in spec.served.rules
     )
+    if spec.host_slots and device.type == "cuda":
+        scoring += 2 * MAX_STAGED  # one block or many on their way out, and back
     return ReservedMemory(elements * vllm_config.model_config.dtype.itemsize, tables, scoring)

@@ -49,7 +49,12 @@ class ScoredLayers:
 
 
 def scratch_bytes(
-    policy: KVPolicy, num_layers: int, num_blocks: int, shape: AttentionShape, device: torch.device
+    policy: KVPolicy,
+    num_layers: int,
+    num_blocks: int,
+    shape: AttentionShape,
+    device: torch.device,
+    num_recallable: int = 0,
 ) -> int:
     """An upper bound of what scoring takes while it runs.
 
@@ -59,15 +64,18 @@ def scratch_bytes(
         num_blocks: scored in one step, of all requests.
         shape: of these layers.
         device: of the KV cache.
+        num_recallable: blocks of one request that may be in host memory.
     """
-    if has_kernel(policy) and runs_triton(device):
+    if has_kernel(policy) and runs_triton(device) and not num_recallable:
         of_layer = num_blocks * shape.num_heads * policy.num_queries
         # Two of the kernels' numbers for each, and twice what they are compared with.
         return 4 * 4 * min(num_layers * of_layer, max(MAX_LOGITS, of_layer))
     # Keys and values as cached and in fp32, keys once more head by head, and three of the weights
     # that attention gives to each key.
     weights = shape.num_heads * policy.num_queries / (shape.num_kv_heads * shape.head_size)
-    return int(4 * MAX_GATHERED * (5 + 3 * weights))
+    # At least one layer is gathered, whatever it takes; once more as it comes from host memory.
+    of_layer = num_recallable * shape.num_kv_heads * shape.block_size * shape.head_size
+    return int(4 * max(MAX_GATHERED, of_layer) * (5 + 3 * weights + bool(num_recallable)))
 
 
 def has_kernel(policy: KVPolicy) -> bool:
