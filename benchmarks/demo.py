@@ -1,7 +1,7 @@
 """The main job in one table: four ways to hold the same texts in memory, and what each answers.
 
 The table is of the bundled model. A second one has what a real model, fetched once, answers about a
-document that says four things in different places.
+document that it has read before: it says four things in different places.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from vllm_semantic.recall import RECALL_GIB
 
 from . import models, recall, statistics, texts, turns
 from .context import MODEL, RESULTS, context
@@ -56,10 +58,12 @@ class Settings:
 NEXT = """\
 What to try next, in this environment (source .venv/bin/activate):
   vllm serve MODEL --kv-policy semantic
+  vllm serve MODEL --kv-policy semantic --kv-policy-config.recall_gib 16
   python -m vllm_semantic doctor MODEL --kv-policy semantic     what would run, before it does
   python -m benchmarks quality --model MODEL                    what a model of yours loses"""
 
-REAL_POLICIES = ("full", "streaming", "semantic", "semantic:contribution:max:recent_tokens=128")
+REAL_POLICIES = ("full", "streaming", "semantic", "semantic:recall")
+NF4_POLICIES = ("full", "semantic:recall")
 REAL_BUDGET = 264
 
 
@@ -133,7 +137,7 @@ def run(settings: Settings, out: Path | None = RESULTS / "demo.json") -> dict[st
 
 
 def ask_real_model(num_tokens: int, console: Console) -> dict[str, Any] | None:
-    """What SmolLM2 answers about a document that it has just read, under each policy.
+    """What SmolLM2 answers about a document that it has read in an earlier turn, under each policy.
 
     Returns:
         ``None``, and a word to the console, where the model cannot be had.
@@ -152,14 +156,16 @@ def ask_real_model(num_tokens: int, console: Console) -> dict[str, Any] | None:
     answers: dict[str, list[str]] = {}
     with progress_bar(console) as progress:
         bar = progress.add_task("", total=2 * len(asked))
-        for kwargs, policies in (({}, REAL_POLICIES), (NF4, ("full", "semantic"))):
+        for kwargs, policies in (({}, REAL_POLICIES), (NF4, NF4_POLICIES)):
             (quantization,) = kwargs.values() or ("none",)
             rows = rows_of(policies, (quantization,), (REAL_BUDGET,))
             progress.update(bar, description=f"{models.CHECKPOINT}: starting vLLM")
-            with turns.reader(model, num_tokens, dtype=_fast_dtype(quantization), **kwargs) as side:
+            kwargs = {"dtype": _fast_dtype(quantization), **kwargs}
+            with turns.reader(model, num_tokens, {RECALL_GIB: 1}, **kwargs) as side:
                 progress.update(bar, description=f"{models.CHECKPOINT}: asking")
                 for question in asked:
-                    for row, answer in turns.ask(side, rows, question, question.prompt_token_ids):
+                    prompt = turns.later(question, num_tokens, filler[0])
+                    for row, answer in turns.ask(side, rows, question, prompt):
                         said = tokenizer.decode(answer).strip()
                         answers.setdefault(row.title((REAL_BUDGET,)), []).append(said)
                     progress.advance(bar)
@@ -184,8 +190,8 @@ def _fast_dtype(quantization: str) -> str:
 
 def _real_answers(real: dict[str, Any]) -> Table:
     table = Table(
-        title=f"{real['model']} on four facts in {real['num_tokens']} tokens, held in "
-        f"{REAL_BUDGET}: {', '.join(real['expected'])}"
+        title=f"{real['model']} on four facts in {real['num_tokens']} tokens, cut down to "
+        f"{REAL_BUDGET} before anybody asked: {', '.join(real['expected'])}"
     )
     table.add_column("KV policy")
     for question, depth in zip(real["questions"], real["depths"], strict=True):

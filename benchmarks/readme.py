@@ -160,7 +160,7 @@ def answers_table(report: dict[str, Any]) -> str:
         for row, answers in real["answers"].items()
     ]
     return _table(head, rows) + (
-        f"\n\nAt the end of {real['num_tokens']} tokens of a book that says each somewhere; "
+        f"\n\nA turn after {real['num_tokens']} tokens of a book that says each somewhere; "
         f"{real['model']}."
     )
 

@@ -130,12 +130,17 @@ def reader(
 def _prompts(
     question: recall.Question, num_tokens: int, filler: list[int]
 ) -> Iterator[tuple[str, list[int]]]:
-    """The document and the question as one prompt; and with as much filler between them that the
-    document has been read, and cut down, before the first token of the question."""
+    """The document and the question as one prompt, and in a later turn."""
     yield AT_ONCE, question.prompt_token_ids
+    yield LATER, later(question, num_tokens, filler)
+
+
+def later(question: recall.Question, num_tokens: int, filler: list[int]) -> list[int]:
+    """Document and question with as much filler between them that :func:`reader` has read the
+    document, and cut it down, before the first token of the question."""
     cut = len(question.prompt_token_ids) - question.num_question_tokens
     document, asked = question.prompt_token_ids[:cut], question.prompt_token_ids[cut:]
-    yield LATER, document + filler[1 : 1 + num_tokens - cut] + asked
+    return document + filler[1 : 1 + num_tokens - cut] + asked
 
 
 def ask(

@@ -32,6 +32,20 @@ def test_offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert evicted > 0
 
 
+def test_recall(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["examples/recall.py"])
+    runpy.run_path("examples/recall.py", run_name="__main__")
+    *_, without, with_recall, said = capsys.readouterr().out.strip().splitlines()
+    assert with_recall == "with recall: 67326"
+    assert without.startswith("without recall: ") != without.endswith("67326")
+    numbers = re.fullmatch(
+        r"(\d+) blocks were evicted, (\d+) kept in host memory, (\d+) came back", said
+    )
+    assert numbers, said
+    evicted, kept, came_back = map(int, numbers.groups())
+    assert evicted > kept > came_back > 0
+
+
 def test_a_policy_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_module("examples.my_policy", run_name="__main__")
     assert len(capsys.readouterr().out.strip()) > 50
