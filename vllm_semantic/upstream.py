@@ -131,6 +131,7 @@ CALLED = {
         "uniform_type_base_spec",
     ),
     "vllm.v1.metrics.loggers.StatLoggerManager.__init__": ("self", "vllm_config"),
+    "vllm.v1.simple_kv_offload.cuda_mem_ops.pin_tensor": ("tensor",),
 }
 """What we wrap or call, and its first parameters."""
 

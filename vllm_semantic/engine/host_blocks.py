@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from vllm.v1.simple_kv_offload.cuda_mem_ops import pin_tensor
 
 from ..messages import BlockCopy, HostCopies
 from .cached_kv import CachedKV
@@ -30,8 +31,8 @@ class HostBlocks:
     own: on the way out from a copy on the device, so that the forward pass may write the block; on
     the way back while the step before still runs. The host waits for none of it.
 
-    vLLM's own offloading (vllm/v1/kv_offload) moves prefixes for requests that wait, never blocks
-    of one that runs, so none of its managers fits here.
+    vLLM's own offloading (vllm/v1/kv_offload, vllm/v1/simple_kv_offload) moves prefixes for
+    requests that wait, never blocks of one that runs, so none of its managers fits here.
 
     Args:
         groups: caches of the layers of each KV cache group.
@@ -95,13 +96,11 @@ class HostBlocks:
     def _allocate(self, cache: CachedKV, num_slots: int) -> torch.Tensor:
         """Memory for one slot after the other, all layers of each together."""
         num_layers, _, *block = cache.kv_cache.shape
-        memory = torch.empty(
-            num_slots * cache.kernel_blocks,
-            num_layers,
-            *block,
-            dtype=cache.kv_cache.dtype,
-            pin_memory=self._stream is not None,
-        )
+        shape = (num_slots * cache.kernel_blocks, num_layers, *block)
+        memory = torch.empty(shape, dtype=cache.kv_cache.dtype)
+        if self._stream is not None:
+            # Not by torch, which rounds what it pins up to a power of two.
+            pin_tensor(memory)
         return memory.transpose(0, 1)
 
     def _copy_out(self, side: _Side, copies: Sequence[BlockCopy]) -> None:
