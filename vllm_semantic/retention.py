@@ -14,7 +14,8 @@ from pathlib import Path
 
 EVICTION = re.compile(
     r"KV policy (?P<policy>\S+): request (?P<request>\S+) at token (?P<point>\d+) evicts blocks "
-    r"\[(?P<evicted>[\d, ]*)\] of KV cache group (?P<group>\d+); scores (?P<scores>.*)"
+    r"\[(?P<evicted>[\d, ]*)\](?: and recalls \[(?P<recalled>[\d, ]*)\])? "
+    r"of KV cache group (?P<group>\d+); scores (?P<scores>.*)"
 )
 BLOCK_SIZE = re.compile(r"KV policy \S+: .* held as \d+ blocks of (\d+) ")
 
@@ -33,6 +34,8 @@ class Eviction:
     """Tokens computed."""
     evicted: tuple[int, ...]
     """Logical blocks that went."""
+    recalled: tuple[int, ...]
+    """Logical blocks that came back."""
     scores: dict[int, float]
     """Of the blocks that could have gone, by logical block."""
 
@@ -54,13 +57,18 @@ def read(lines: Iterable[str]) -> tuple[list[Eviction], int | None]:
                     match["request"],
                     int(match["group"]),
                     int(match["point"]),
-                    tuple(int(i) for i in match["evicted"].split(", ") if i),
+                    _indices(match["evicted"]),
+                    _indices(match["recalled"] or ""),
                     {int(i): float(score) for i, score in pairs},
                 )
             )
         elif match := BLOCK_SIZE.search(line):
             block_size = int(match[1])
     return found, block_size
+
+
+def _indices(text: str) -> tuple[int, ...]:
+    return tuple(int(i) for i in text.split(", ") if i)
 
 
 def of_request(
@@ -104,6 +112,8 @@ def page(evictions: list[Eviction], block_size: int) -> str:
     width, height = num_columns * CELL, len(evictions) * CELL
     title = f"Request {first.request} under {first.policy}, KV cache group {first.group}"
     num_evicted = sum(len(e.evicted) for e in evictions)
+    num_recalled = sum(len(e.recalled) for e in evictions)
+    came_back = f", {num_recalled} came back" if num_recalled else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -117,13 +127,14 @@ svg {{ border: 1px solid #ccc; max-width: 100%; height: auto; }}
 </head>
 <body>
 <h1>{html.escape(title)}</h1>
-<p>{last.point} tokens in {num_columns} blocks of {block_size}; {num_evicted} blocks went at
-{len(evictions)} eviction points. A row is an eviction point, the first at the top; a column is a
+<p>{last.point} tokens in {num_columns} blocks of {block_size}; {num_evicted} blocks went{came_back}
+at {len(evictions)} eviction points. A row is an eviction point, the first at the top; a column is a
 block, the oldest at the left.</p>
 <p><span class="key" style="background:#555"></span>kept as sink or recent
 <span class="key" style="background:{_colour(0.0)}"></span>kept, low score
 <span class="key" style="background:{_colour(1.0)}"></span>kept, high score
 <span class="key" style="background:#d62728"></span>goes here
+<span class="key" style="background:#2ca02c"></span>comes back here
 <span class="key" style="background:#f4f4f4"></span>gone</p>
 <svg viewBox="0 0 {width} {height}" width="{width}" height="{height}"
  xmlns="http://www.w3.org/2000/svg">
@@ -160,7 +171,9 @@ def _cells(evictions: list[Eviction], block_size: int) -> Iterator[str]:
             first = block * block_size
             score = eviction.scores.get(block)
             said = f"block {block}, tokens {first} to {first + block_size - 1}"
-            if block in gone:
+            if block in eviction.recalled:
+                colour = "#2ca02c"
+            elif block in gone:
                 colour = "#f4f4f4"
             elif block in eviction.evicted:
                 colour = "#d62728"
@@ -173,7 +186,7 @@ def _cells(evictions: list[Eviction], block_size: int) -> Iterator[str]:
                 f'<rect x="{block * CELL}" y="{row * CELL}" width="{CELL - 1}" height="{CELL - 1}" '
                 f'fill="{colour}"><title>{said}; at token {eviction.point}</title></rect>'
             )
-        gone.update(eviction.evicted)
+        gone = gone.union(eviction.evicted).difference(eviction.recalled)
 
 
 def _colour(rank: float) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from vllm_semantic.retention import NoEvictionsError, of_request, read, write
+from vllm_semantic.retention import NoEvictionsError, of_request, page, read, write
 
 START = (
     "KV policy semantic: sink 8 + recent 64 + semantic 64 = 136 tokens, held as 5 blocks of 32 (160"
@@ -35,6 +37,25 @@ def test_what_a_log_says() -> None:
     ]
     assert found[0].scores == {1: 0.5, 2: 0.25, 3: 1e-05}
     assert found[2].scores == {}
+
+
+def test_what_came_back_is_drawn() -> None:
+    line = (
+        "KV policy semantic: request a at token 256 evicts blocks [4] and recalls [2] of KV cache "
+        "group 0; scores 4: 0.1"
+    )
+    found, _ = read([*LOG, line])
+    assert (found[-1].evicted, found[-1].recalled) == ((4,), (2,))
+    first, second = found[0], found[-1]
+    drawn = page([first, second, replace(second, point=288, evicted=(), recalled=())], 32)
+    assert "2 blocks went, 1 came back" in " ".join(drawn.split())
+    cells = re.findall(r'y="(\d+)".*?fill="(#\w+)"><title>block (\d+),', drawn)
+    of_block = {
+        block: [fill for _, fill, drawn_block in cells if drawn_block == block] for block in "24"
+    }
+    assert of_block["2"][:2] == ["#d62728", "#2ca02c"]
+    assert "#f4f4f4" not in of_block["2"]
+    assert of_block["4"][1:] == ["#d62728", "#f4f4f4"]
 
 
 def test_the_last_computation_of_a_request_counts() -> None:
