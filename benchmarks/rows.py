@@ -11,6 +11,9 @@ from vllm_semantic.layer_groups import LAYER_GROUPS, LAYER_SKEW
 from vllm_semantic.policies import POLICIES, KVPolicy
 from vllm_semantic.policies.base import RECALL, RECENT
 
+HALVES = ("h2o",)
+"""Policies whose rule is as much by score as recent."""
+
 SINKS = 8
 """Tokens of a budget that are for sinks: a block in any case, also where a policy has four."""
 
@@ -60,8 +63,8 @@ def policy_options(policy: str, budget: int) -> dict[str, Any]:
     room = budget - SINKS
     given = chosen.pop(RECENT, None)
     for option in parts:  # at most one
-        # Halves stay halves; a recent window that is the smaller part stays while it is.
-        recent = room // 2 if recent == parts[option] else min(recent, room // 2)
+        # Halves stay halves; any other recent window stays while it is no more than that.
+        recent = room // 2 if name in HALVES else min(recent, room // 2)
         recent = recent if given is None else min(given, room - 1)
         chosen[option] = room - recent
     if not parts:

@@ -140,20 +140,22 @@ def test_quality(tmp_path: Path) -> None:
 def test_a_budget_without_room_is_refused(budget: int) -> None:
     with pytest.raises(ValueError, match=f"--budget {budget} is too small for semantic"):
         policy_options("semantic", budget)
-    assert policy_options("semantic", 264) == SemanticPolicy().parts()
+    assert policy_options("semantic", 264) == SemanticPolicy().parts() | {"recall": False}
     assert policy_options("streaming", 264) == StreamingPolicy().parts()
     assert policy_options("semantic:study", 520) == {
         "sink_tokens": 8,
-        "recent_tokens": 64,
-        "semantic_tokens": 448,
-        "similarity": "study",
-    }
-    assert policy_options("semantic:contribution:max:recent_tokens=128", 264) == {
-        "sink_tokens": 8,
         "recent_tokens": 128,
-        "semantic_tokens": 128,
-        "similarity": "contribution",
-        "heads": "max",
+        "semantic_tokens": 384,
+        "similarity": "study",
+        "recall": False,
+    }
+    assert policy_options("semantic:attention:mean:recent_tokens=64:recall", 264) == {
+        "sink_tokens": 8,
+        "recent_tokens": 64,
+        "semantic_tokens": 192,
+        "similarity": "attention",
+        "heads": "mean",
+        "recall": True,
     }
     for wrong in ("semantic:attentive", "semantic:recent_tokens=x", "streaming:recent_tokens=64"):
         with pytest.raises(ValueError, match=f"'{wrong.partition(':')[2]}' is no variant of it"):

@@ -59,7 +59,7 @@ def test_what_is_wrong_is_found(llama: str) -> None:
     ("flags", "reason"),
     [
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 (allowed: 1)"),
-        (["--block-size", "128"], "--block-size 128 is too coarse"),
+        (["--block-size", "256"], "--block-size 256 is too coarse"),
         (
             ["--kv-policy-config.layer_groups", "3"],
             "--kv-policy-config.layer_groups 3 does not divide the 2 full-attention layers of the "

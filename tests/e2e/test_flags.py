@@ -114,8 +114,8 @@ def test_no_flag_no_change(llama: str) -> None:
         (["--kv-policy-config.window", "4"], r"window .* allowed: sink_tokens, recent_tokens"),
         (["--kv-policy-config.recent_tokens", "0"], r"recent_tokens 0 .* from 1"),
         (
-            ["--block-size", "128"],
-            r"--block-size 128 .*recent_tokens 64; allowed: a block size of at most 64",
+            ["--block-size", "256"],
+            r"--block-size 256 .*recent_tokens 128; allowed: a block size of at most 128",
         ),
     ],
 )

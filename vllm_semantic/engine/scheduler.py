@@ -26,6 +26,7 @@ from ..served import REQUEST_KEY
 from .host_pool import HostPool
 from .kv_cache_manager import SemanticKVCacheManager
 from .manager import SemanticManager
+from .refusal import end_with_error
 from .spec import SemanticSpec
 from .stats import attach_changes
 
@@ -130,7 +131,10 @@ class KVPolicyMixin(Scheduler):
                         )
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         while self._stopped_while_preempted:
-            self._enqueue_waiting_request(self._stopped_while_preempted.pop())
+            request = self._stopped_while_preempted.pop()
+            # Since 0.33 vLLM has done so itself.
+            if not any(request in queue for queue in (self.waiting, self.kv_holding_waiting)):
+                self._enqueue_waiting_request(request)
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
@@ -163,7 +167,7 @@ class KVPolicyMixin(Scheduler):
 
     def _end_with_error(self, request: Request) -> None:
         """End a request that is waiting in the next step, as vLLM does where a grammar fails."""
-        self.grammar_compile_error_reqs.add(request.request_id)
+        end_with_error(self.grammar_compile_error_reqs, request.request_id)
 
     def _count_scoring(self, step: KVPolicyStep, seconds: float) -> None:
         """Share the time of a step among its requests' policies, by the blocks that were scored."""
