@@ -187,9 +187,9 @@ def likelihood_differences(
             block_size=settings["block_size"],
             prefill_interval=512,
             sink_tokens=8,
-            recent_tokens=64,
-            selected_tokens=192,
-            rule="attention",
+            recent_tokens=128,
+            selected_tokens=128,
+            rule="contribution, max",
             eviction_delay=int(settings["async_scheduling"]),
         )
         for document in documents
