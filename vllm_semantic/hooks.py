@@ -26,6 +26,7 @@ from .frontend import asks_for_policy, check_places, checked, system_chats, with
 from .layer_groups import LAYER_GROUPS, LAYER_SKEW, check_layer_groups
 from .policies import POLICIES, KVPolicy
 from .policies.trial import AttentionShape
+from .recall import RECALL_BLOCKS, RECALL_GIB
 from .served import (
     CONFIG_KEY,
     MAX_REQUEST_TOKENS,
@@ -109,6 +110,9 @@ def _adding_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
             f"{LAYER_GROUPS}: equal shares of the layers that evict for themselves, default: 1. "
             f"{LAYER_SKEW}: what the last of these groups keeps beyond the budget and the first "
             "falls short of it, default: 0. "
+            f"{RECALL_GIB}: host memory for evicted blocks, which come back when the end of a prompt "
+            f"asks for them, default: 0, none. {RECALL_BLOCKS}: how many may come back at each "
+            "eviction point of an answer too, default: 0. "
             + "; ".join(f"{name}: {cls.options()}" for name, cls in POLICIES.items()),
         )
         # After parsing, for every order of --additional-config and our flags; and not later:
@@ -217,6 +221,8 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
     speculative, transfer = vllm_config.speculative_config, vllm_config.kv_transfer_config
     backend = vllm_config.attention_config.backend
     backends = ", ".join(WRAPPED_BACKENDS)
+    served = ServedPolicies.from_config(vllm_config.additional_config[CONFIG_KEY])
+    recall_gib = served.recall_gib
     checks = {
         f"--pipeline-parallel-size {parallel.pipeline_parallel_size} (allowed: 1)": (
             parallel.pipeline_parallel_size > 1
@@ -237,6 +243,10 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
         "--kv-sharing-fast-prefill (allowed: without)": cache.kv_sharing_fast_prefill,
         "--enable-prefix-caching of a model with Mamba layers (allowed: "
         "--no-enable-prefix-caching)": cache.mamba_cache_mode != "none",
+        f"{CONFIG_FLAG}.{RECALL_GIB} {recall_gib:g} of a model with Mamba layers, whose state "
+        "cannot be set back to read the end of a prompt again (allowed: 0)": (
+            recall_gib > 0 and model.has_inner_state
+        ),
         f"--attention-backend {backend and backend.name} (allowed: {backends})": (
             backend is not None and backend.name not in WRAPPED_BACKENDS
         ),

@@ -279,10 +279,27 @@ class KVPolicyMixin(Scheduler):
                 continue
             del points.questions[request_id]
             recalled, firsts = zip(*(m.answer(request, point) for m in managers), strict=True)
-            first = max(firsts)
+            first = self._first_with_windows(request_id, max(firsts), point)
             if sum(recalled) and first < point:
                 request.num_computed_tokens = points.rewinds[request_id] = first
                 self._forget_progress(request)
+
+    def _first_with_windows(self, request_id: str, first: int, point: int) -> int:
+        """The first token from ``first`` on, up to ``point``, whose window every layer still has.
+
+        Layers with a window of their own give its blocks back as vLLM's managers have it.
+        """
+        for group_id, manager in enumerate(self.kv_cache_manager.coordinator.single_type_managers):
+            if group_id in self.kv_policy_managers:
+                continue
+            table = manager.req_to_blocks[request_id]
+            num_gone = next((i for i, block in enumerate(table) if not block.is_null), len(table))
+            while (
+                first < point
+                and manager.get_num_skipped_tokens(first) < num_gone * manager.block_size
+            ):
+                first += 1
+        return first
 
     def _forget_progress(self, request: Request) -> None:
         """What is remembered of a request up to its next point no longer holds."""
