@@ -110,9 +110,9 @@ def _adding_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
             f"{LAYER_GROUPS}: equal shares of the layers that evict for themselves, default: 1. "
             f"{LAYER_SKEW}: what the last of these groups keeps beyond the budget and the first "
             "falls short of it, default: 0. "
-            f"{RECALL_GIB}: host memory for evicted blocks, which come back when the end of a prompt "
-            f"asks for them, default: 0, none. {RECALL_BLOCKS}: how many may come back at each "
-            "eviction point of an answer too, default: 0. "
+            f"{RECALL_GIB}: host memory for evicted blocks, which come back when the end of a "
+            f"prompt asks for them, default: 0, none. {RECALL_BLOCKS}: how many may come back at "
+            "each eviction point of an answer too, default: 0. "
             + "; ".join(f"{name}: {cls.options()}" for name, cls in POLICIES.items()),
         )
         # After parsing, for every order of --additional-config and our flags; and not later:
