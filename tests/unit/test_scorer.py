@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -163,7 +164,8 @@ def test_many_blocks_are_gathered_a_few_layers_at_a_time(monkeypatch: pytest.Mon
 
 def test_ranks_are_averaged_before_the_scores_travel() -> None:
     """As if a second rank held the same heads with the opposite direction."""
-    opposite = BlockScorer({0: [random_layers(1)]}, windows(), lambda scores: scores * 0)
+    group = {0: [random_layers(1)]}
+    opposite = BlockScorer(group, windows(), lambda scores, highest: scores[0] * 0)
     assert opposite({0: {"a": ScoreRequest(STUDY, 8, [1], [1])}}).collect() == {0: {"a": [0.0]}}
 
 
@@ -227,18 +229,19 @@ def test_a_kernel_that_fails_still_takes_part_in_the_mean(policy: TOVAPolicy) ->
     group = {0: [random_layers(2), random_layers(1)]}
     good = {"b": ScoreRequest(TOVAPolicy(), 8, [0, 1], [2, 3])}
     expected = BlockScorer(group, windows())({0: good}).collect()[0]["b"]
-    added: list[int] = []
+    added: list[tuple[int, ...]] = []
 
-    def mean_over_ranks(scores: torch.Tensor) -> torch.Tensor:
-        added.append(len(scores))
-        return scores
+    def over_ranks(scores: torch.Tensor, highest: Sequence[bool]) -> torch.Tensor:
+        added.append(tuple(scores.shape))
+        assert list(highest) == [False] * 6
+        return scores.mean(0)
 
-    scorer = BlockScorer(group, windows(), mean_over_ranks)
+    scorer = BlockScorer(group, windows(), over_ranks)
     bad = {name: ScoreRequest(policy, 12, [0, 2], [4, 6, 7]) for name in ("a", "c")}
     scores = scorer({0: {"a": bad["a"], **good, "c": bad["c"]}}).collect()[0]
     assert scores["b"] == expected
     assert all(math.isnan(score) for name in bad for score in scores[name])
-    assert added == [6]
+    assert added == [(3, 6)]
     assert scorer.failed == {"a", "c"}
     scorer.forget({"a", "gone"})
     assert scorer.failed == {"c"}

@@ -26,6 +26,10 @@ logger = init_logger(f"vllm.{__name__}")
 
 _T = TypeVar("_T")
 
+OverRanks = Callable[[torch.Tensor, Sequence[bool]], torch.Tensor]
+"""Makes of the scores ``[num_layers, num_blocks]`` of each tensor-parallel rank one of each block,
+the mean over layers: of the ranks' means, or where a block's flag says so of the highest."""
+
 Gather = Callable[[torch.Tensor], torch.Tensor]
 """Keys, or values, of blocks by their ids: see ``CachedKV.gather_keys``."""
 
@@ -134,7 +138,7 @@ class BlockScorer:
     Args:
         groups: the layers of each KV cache group under the policy.
         windows: which rows hold a request's newest queries.
-        mean_over_ranks: means of a tensor over the tensor-parallel ranks.
+        over_ranks: see :data:`OverRanks`; alone, a rank takes the mean over its layers.
         host: what evicted blocks can be read from, if any can be recalled.
     """
 
@@ -142,12 +146,12 @@ class BlockScorer:
         self,
         groups: Mapping[int, Sequence[ScoredLayers]],
         windows: QueryWindows,
-        mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda scores: scores,
+        over_ranks: OverRanks = lambda scores, highest: scores.mean(0),
         host: HostBlocks | None = None,
     ) -> None:
         self.groups = groups
         self.windows = windows
-        self.mean_over_ranks = mean_over_ranks
+        self.over_ranks = over_ranks
         self.host = host
         self.failed: set[str] = set()
         """Requests whose scoring has failed, and was logged."""
@@ -183,9 +187,12 @@ class BlockScorer:
     def _score_group(
         self, group: Sequence[ScoredLayers], asked: Mapping[str, ScoreRequest]
     ) -> torch.Tensor:
-        scores = []
+        scores: list[torch.Tensor] = []
+        highest: list[bool] = []
         for (policy, _), items in groupby(asked.items(), key=lambda item: _kind(item[1])):
             requests = dict(items)
+            num_blocks = sum(len(request.scored_indices) for request in requests.values())
+            highest += [policy.over_ranks == "max"] * num_blocks
             of_policy = self._attempt(
                 partial(self._score_cached, policy, group, requests), group, requests
             )
@@ -195,7 +202,7 @@ class BlockScorer:
             for request_id, request in requests.items():
                 of_request = partial(self._score_request, group, request_id, request)
                 scores.append(self._attempt(of_request, group, {request_id: request}))
-        return self.mean_over_ranks(torch.cat(scores))
+        return self.over_ranks(torch.cat(scores, dim=1), highest)
 
     def _attempt(
         self,
@@ -205,8 +212,8 @@ class BlockScorer:
     ) -> _T | torch.Tensor:
         """``score()`` or, where the code of a policy fails, NaN for every block.
 
-        A rank that failed still takes part in the mean, or the others would wait for it; NaN
-        makes the mean NaN, so that all ranks tell the manager the same.
+        A rank that failed still takes part in what ranks make of their scores, or the others would
+        wait for it; NaN makes that NaN, so that all ranks tell the manager the same.
         """
         try:
             return score()
@@ -220,12 +227,13 @@ class BlockScorer:
                 )
             self.failed |= asked.keys()
             num_blocks = sum(len(request.scored_indices) for request in asked.values())
-            return torch.full((num_blocks,), float("nan"), device=group[0].queries.device)
+            shape = (sum(len(layers.queries) for layers in group), num_blocks)
+            return torch.full(shape, float("nan"), device=group[0].queries.device)
 
     def _score_cached(
         self, policy: KVPolicy, group: Sequence[ScoredLayers], asked: Mapping[str, ScoreRequest]
     ) -> torch.Tensor | None:
-        """All requests by the policy's kernel, if it has one: means over layers."""
+        """All requests by the policy's kernel, if it has one: a row for each layer."""
         if not has_kernel(policy) or type(policy) in self._no_kernel:
             return None
         if any(request.recallable for request in asked.values()):
@@ -270,15 +278,15 @@ class BlockScorer:
                 self._no_kernel.add(type(policy))
                 return None
             scores.append(checked_scores(of_layers, len(keys), len(block_ids), device))
-        means = torch.cat(scores).mean(0)
+        of_all = torch.cat(scores)
         if len(full) == len(block_ids):
-            return means
-        return means.index_select(0, async_tensor_h2d(full, device, torch.int64))
+            return of_all
+        return of_all.index_select(1, async_tensor_h2d(full, device, torch.int64))
 
     def _score_request(
         self, group: Sequence[ScoredLayers], request_id: str, request: ScoreRequest
     ) -> torch.Tensor:
-        """One request by its policy's score: means over layers."""
+        """One request by its policy's score: a row for each layer."""
         device = group[0].queries.device
         block_indices, block_ids = async_tensor_h2d(
             [request.held_indices, request.block_ids], device, torch.int64
@@ -312,7 +320,7 @@ class BlockScorer:
                 )
                 of_layers = request.policy.score(view)
             scores.append(checked_scores(of_layers, num_layers, view.num_full_blocks, device))
-        return torch.cat(scores).mean(0)
+        return torch.cat(scores)
 
     def _window(self, request_id: str, request: ScoreRequest) -> list[int]:
         """The rows of the queries that the request's policy looks at."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.gpu_sync_debug import with_gpu_sync_check
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -124,7 +127,7 @@ class KVPolicyWorkerMixin(Worker):
             for group_id, attn_groups in enumerate(self.model_runner.attn_groups)
         }
         self._host = self._host_blocks(kv_cache_config, scored)
-        self._block_scorer = BlockScorer(scored, self._windows, self._mean_over_ranks, self._host)
+        self._block_scorer = BlockScorer(scored, self._windows, self._over_ranks, self._host)
         backends = {
             attn_group.backend.__name__
             for group_id in self._held
@@ -250,12 +253,18 @@ class KVPolicyWorkerMixin(Worker):
             self.runner_access.batch_order(common), common.seq_lens_cpu_upper_bound.numpy()
         )
 
-    def _mean_over_ranks(self, scores: torch.Tensor) -> torch.Tensor:
-        """Every rank holds some of the KV heads, an equal number each."""
-        group = get_tp_group()
+    def _over_ranks(self, scores: torch.Tensor, highest: Sequence[bool]) -> torch.Tensor:
+        """Every rank holds some of the KV heads, an equal number each: see ``OverRanks``."""
+        group, means = get_tp_group(), scores.mean(0)
         if group.world_size == 1:
-            return scores
-        return group.all_reduce(scores) / group.world_size
+            return means
+        means = group.all_reduce(means) / group.world_size
+        if not any(highest):
+            return means
+        dist.all_reduce(scores, dist.ReduceOp.MAX, group.device_group)
+        takes_highest = async_tensor_h2d(highest, scores.device, torch.bool)
+        # NaN, by which a rank says that its policy failed, is a number to a maximum.
+        return torch.where(takes_highest & ~means.isnan(), scores.mean(0), means)
 
     # -- once, at start ----------------------------------------------------------------
 

@@ -85,6 +85,10 @@ class KVPolicy(ABC):
     """What is left of a block's score at the next eviction point, where the new score is added
     to it: 0 forgets, 1 is a sum over all points."""
 
+    over_ranks: ClassVar[Literal["mean", "max"]] = "mean"
+    """What tensor-parallel ranks, each of which scores with its own heads, make of a block in a
+    layer: the mean of their scores, or the highest."""
+
     sink_tokens: int = 0
     """First tokens of a sequence, never evicted."""
 
@@ -112,7 +116,7 @@ class KVPolicy(ABC):
                     "where their options are"
                 )
         # Computed once: what start has checked is what the engine gets ever after.
-        for name in ("num_queries", "decay"):
+        for name in ("num_queries", "decay", "over_ranks"):
             found = inspect.getattr_static(cls, name)
             if isinstance(found, property) and found.fget is not None:
                 computed_once = cached_property(found.fget)
@@ -186,7 +190,7 @@ class KVPolicy(ABC):
 
         Returns:
             ``[num_layers, num_full_blocks]`` fp32, higher = keep. The engine averages over
-            layers and tensor-parallel ranks, and applies :attr:`decay`.
+            layers and, as :attr:`over_ranks` says, ranks, and applies :attr:`decay`.
 
         Raises:
             TypeError: the policy keeps blocks by age alone.

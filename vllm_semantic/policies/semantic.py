@@ -33,8 +33,7 @@ class SemanticPolicy(KVPolicy):
     - ``study``: the cosine of the newest query and a block's mean key, averaged over the heads.
 
     ``heads`` says what the heads of a layer together make of a block: what the head says to which
-    it is worth most, ``max``, or the ``mean``. Under tensor parallelism the ``max`` is over the
-    heads of a rank.
+    it is worth most, ``max``, or the ``mean``.
 
     ``recall`` says whether evicted blocks may come back, where there is host memory for them.
     """
@@ -55,6 +54,10 @@ class SemanticPolicy(KVPolicy):
     @property
     def num_queries(self) -> int:  # type: ignore[override]
         return 1 if self.similarity == "study" else 8
+
+    @property
+    def over_ranks(self) -> Heads:  # type: ignore[override]
+        return "mean" if self.similarity == "study" else self.heads
 
     @property
     def decay(self) -> float:  # type: ignore[override]
