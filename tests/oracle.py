@@ -428,7 +428,8 @@ class Oracle:
                     sees_from = point + case.eviction_delay
                     if asks:
                         num_recent = -(-case.recent_tokens // size)
-                        again = max(last, (point // size - num_recent) * size)
+                        exact = first + case.eviction_delay
+                        again = max(last, exact, (point // size - num_recent) * size)
                         sees_from = again if any(recalled) else point
                     for group, back in zip(groups, recalled, strict=True):
                         for blocks, visible in ((group.away, False), (back, True)):

@@ -247,6 +247,10 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
         "cannot be set back to read the end of a prompt again (allowed: 0)": (
             recall_gib > 0 and model.has_inner_state
         ),
+        f"{CONFIG_FLAG}.{RECALL_GIB} {recall_gib:g} with --enable-return-routed-experts, which "
+        "takes no token twice (allowed: 0)": (
+            recall_gib > 0 and vllm_config.aux_output_config.enabled
+        ),
         f"--attention-backend {backend and backend.name} (allowed: {backends})": (
             backend is not None and backend.name not in WRAPPED_BACKENDS
         ),

@@ -305,7 +305,7 @@ def test_runner_v2_has_what_the_worker_reads() -> None:
     assert "self.index_to_req_id" in state
     assert "req_ids" in {field.name for field in dataclasses.fields(InputBatch)}
     assert "req_idx=input_batch.idx_mapping_np" in inspect.getsource(DefaultModelState)
-    assert "self.num_computed_tokens.stage_write_elem(req_idx" in state
+    assert "self.num_computed_tokens = StagedWriteTensor(" in state, "with the device's as gpu"
     update = inspect.getsource(GPUModelRunnerV2.update_requests)
     assert "num_computed_tokens_np[req_index] = num_computed_tokens" in update, (
         "on the host it takes the scheduler's number in each step"

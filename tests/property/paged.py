@@ -191,7 +191,9 @@ class ExpectedRequest:
         if is_question:
             self.questions.append(n)
             recent = self._budget(0).recent
-            again = max(self.last_point, (n // self.block_size - recent) * self.block_size)
+            assert first is not None
+            kept_from = (n // self.block_size - recent) * self.block_size
+            again = max(self.last_point, first + self.delay, kept_from)
             if any(n in of.recalled for of in self.groups) and again < n:
                 self.reread.append((n, again))
                 reads_from = again

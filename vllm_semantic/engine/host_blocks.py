@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -28,8 +29,8 @@ class HostBlocks:
     """Slots of host memory, each for one block in all layers of a KV cache group.
 
     For a CPU it is memory like the cache's. For a GPU it is pinned, and copied on a stream of its
-    own: on the way out from a copy on the device, so that the forward pass may write the block; on
-    the way back while the step before still runs. The host waits for none of it.
+    own: on the way out from a copy on the device, so that the forward pass may write the block
+    meanwhile. The host waits for none of it.
 
     vLLM's own offloading (vllm/v1/kv_offload, vllm/v1/simple_kv_offload) moves prefixes for
     requests that wait, never blocks of one that runs, so none of its managers fits here.
@@ -71,7 +72,7 @@ class HostBlocks:
             out = [copy for copy in copies.out if copy.group_id == group_id]
             for side in sides:
                 for some in _at_a_time(side.cache, out):
-                    self._copy_out(side, some)
+                    self._copy_out(side, some, is_last=some[-1] is out[-1])
         for group_id, sides in self._groups.items():
             back = [copy for copy in copies.back if copy.group_id == group_id]
             for side in sides:
@@ -101,9 +102,11 @@ class HostBlocks:
         if self._stream is not None:
             # Not by torch, which rounds what it pins up to a power of two.
             pin_tensor(memory)
+            unpin = torch.cuda.cudart().cudaHostUnregister
+            weakref.finalize(self, unpin, memory.data_ptr())
         return memory.transpose(0, 1)
 
-    def _copy_out(self, side: _Side, copies: Sequence[BlockCopy]) -> None:
+    def _copy_out(self, side: _Side, copies: Sequence[BlockCopy], is_last: bool) -> None:
         there = _blocks(side.host, [copy.slot for copy in copies])
         here = _blocks(side.cache, [copy.block_id for copy in copies])
         if self._stream is None:
@@ -113,7 +116,10 @@ class HostBlocks:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             torch._foreach_copy_(there, list(staged), non_blocking=True)
-        staged.record_stream(self._stream)
+        if is_last:  # the forward pass does not wait for it
+            staged.record_stream(self._stream)
+        else:  # the next takes the same memory
+            torch.cuda.current_stream().wait_stream(self._stream)
 
     def _copy_back(self, side: _Side, copies: Sequence[BlockCopy]) -> None:
         slots = [copy.slot for copy in copies]
@@ -129,21 +135,22 @@ class HostBlocks:
         assert self._stream is not None
         num_layers, _, *block = host.kv_cache.shape
         shape = (num_layers, len(slots) * host.kernel_blocks, *block)
-        with torch.cuda.stream(self._stream):  # it waits for no kernel: its own memory
-            device = self._stream.device
-            staged = torch.empty(shape, dtype=host.kv_cache.dtype, device=device)
-            places = _blocks(replace(host, kv_cache=staged), range(len(slots)))
-            torch._foreach_copy_(places, _blocks(host, slots), non_blocking=True)
+        staged = torch.empty(shape, dtype=host.kv_cache.dtype, device=self._stream.device)
+        places = _blocks(replace(host, kv_cache=staged), range(len(slots)))
         current = torch.cuda.current_stream()
+        # In order with the kernels on both sides: the memory is theirs before and after.
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            torch._foreach_copy_(places, _blocks(host, slots), non_blocking=True)
         current.wait_stream(self._stream)
-        staged.record_stream(current)
         return staged
 
 
 def _blocks(cache: CachedKV, block_ids: Sequence[int]) -> list[torch.Tensor]:
-    """Views of some blocks, ``[num_layers, kernel_blocks, ...]`` each."""
+    """Views of the kernel blocks of some blocks, ``[num_layers, ...]`` each, in one piece in host
+    memory."""
     size = cache.kernel_blocks
-    return [cache.kv_cache[:, i * size : (i + 1) * size] for i in block_ids]
+    return [cache.kv_cache[:, i * size + j] for i in block_ids for j in range(size)]
 
 
 def _shape(cache: CachedKV) -> tuple[object, ...]:

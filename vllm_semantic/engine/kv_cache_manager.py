@@ -39,6 +39,9 @@ class SemanticKVCacheManager(KVCacheManager):
         assert isinstance(manager, cls)
         manager.unchanged_until = {}
         manager.host_pool = None
+        # For all groups: layers with a window are not under a policy, and see what is.
+        manager._cache_blocks = manager.coordinator.cache_blocks
+        manager.coordinator.cache_blocks = manager._cache_exact_blocks
         return manager
 
     def allocate_slots(
@@ -57,6 +60,14 @@ class SemanticKVCacheManager(KVCacheManager):
         """Make full blocks shareable as vLLM does; asynchronously, it asks after every token."""
         if num_computed_tokens > self.unchanged_until.get(request.request_id, 0):
             super().cache_blocks(request, num_computed_tokens)
+
+    def _cache_exact_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """Make blocks shareable in no group that hold a token computed after an eviction."""
+        for manager in self.coordinator.single_type_managers:
+            if isinstance(manager, SemanticManager):
+                exact = manager.num_exact_tokens(request.request_id)
+                num_computed_tokens = min(num_computed_tokens, exact)
+        self._cache_blocks(request, num_computed_tokens)
 
     def reset_prefix_cache(self) -> bool:
         """Forget which blocks are equal to which, in host memory too: the model may change."""

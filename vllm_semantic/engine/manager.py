@@ -37,6 +37,7 @@ from .request_blocks import RequestBlocks
 from .stats import EvictionStats
 
 if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
 logger = init_logger(f"vllm.{__name__}")
@@ -165,6 +166,8 @@ class SemanticManager(FullAttentionManager):
                 point = self._next_point(request, num_computed)
             self._points[request_id] = point
             self.quiet_until[request_id] = point - policy.num_queries
+            if request.resumable and self.host is not None and policy.recalls:
+                self.quiet_until[request_id] = 0  # its next turn may ask at any token
         return num_computed + num_new > self.quiet_until[request_id]
 
     def score_request(self, request: Request, num_computed: int) -> ScoreRequest | None:
@@ -218,9 +221,9 @@ class SemanticManager(FullAttentionManager):
         if self.host is None or not policy.recalls:
             return None
         num_prompt, turns = request.num_prompt_tokens, earlier_turns_of(request)
-        point = question_point_after(num_computed, num_prompt, turns)
         state = self._requests.get(request_id, RequestBlocks())
-        if point is None or point < state.prompt_read:
+        point = question_point_after(max(num_computed, state.prompt_read - 1), num_prompt, turns)
+        if point is None:
             return None
         if state.num_exact_tokens is None:
             # Unless the first eviction is about to be.
@@ -246,13 +249,14 @@ class SemanticManager(FullAttentionManager):
         state = self._requests[request_id]
         for earlier in sorted(earlier for earlier in state.scores if earlier < point):
             self._evict_at(request_id, state, earlier)  # its step has just been settled too
-        first = state.last_point
+        first = max(state.last_point, state.num_exact_tokens or 0)  # what is exact may be shared
         recalled = self._evict_at(request_id, state, point, is_question=True)
         state.prompt_read = point + 1
         recent = self._budget_of(policy_of(request, self.default_policy)).recent
         first = max(first, state.kept[-recent] * self.block_size)
         for feature in request.mm_features:  # what an encoder made of it may be gone
-            first = max(first, feature.mm_position.offset + feature.mm_position.length)
+            if feature.mm_position.offset < point:
+                first = max(first, feature.mm_position.offset + feature.mm_position.length)
         return len(recalled), first
 
     def take_recalls(self) -> dict[str, dict[int, int]]:
@@ -269,6 +273,12 @@ class SemanticManager(FullAttentionManager):
         """Drop the remembered eviction point of a request: it starts over, or its prompt grew."""
         self.quiet_until.pop(request_id, None)
         self._points.pop(request_id, None)
+
+    def num_exact_tokens(self, request_id: str) -> float:
+        """Leading tokens of a request that were computed before it lost any block."""
+        state = self._requests.get(request_id)
+        exact = None if state is None else state.num_exact_tokens
+        return math.inf if exact is None else exact
 
     def num_kept_blocks(self, request_id: str) -> int:
         """Blocks the request holds now, the ones being filled included."""
@@ -463,7 +473,7 @@ class SemanticManager(FullAttentionManager):
         recalled = sorted(comes for _, comes in swaps)
         evicted = sorted([*evicted, *(goes for goes, _ in swaps)])
         table = self.req_to_blocks[request_id]
-        known = [(i, table[i].block_id, table[i].block_hash) for i in evicted]
+        known = [(i, table[i].block_id, self._content(i, table[i])) for i in evicted]
         if evicted or not is_question:
             self._evict(request_id, evicted)
         if recalled:
@@ -584,6 +594,12 @@ class SemanticManager(FullAttentionManager):
             self._evictions[request_id] = sorted(gone.union(self._evictions.get(request_id, ())))
         stats.evicted_blocks += len(block_indices)
         stats.recovered_blocks += len(block_indices)
+
+    def _content(self, index: int, block: KVCacheBlock) -> Any:
+        """The hash of a full block; ``None`` where there is none, or it is of a part of the block
+        alone, as that of a prompt's last one can be."""
+        is_whole = block.block_hash_num_tokens == (index + 1) * self.block_size
+        return block.block_hash if is_whole else None
 
     def _keep(self, request_id: str, evicted: Iterable[tuple[int, int, Any]]) -> None:
         """Keep evicted blocks in host memory: logical indices, ids and block hashes."""

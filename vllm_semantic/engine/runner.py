@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as GPUModelRunnerV1
@@ -22,8 +23,8 @@ class RunnerAccess(ABC):
         """The requests of the batch whose metadata is being built, row by row."""
 
     @abstractmethod
-    def rewind(self, request_id: str, num_tokens: int) -> None:
-        """Have a running request compute again what follows its first ``num_tokens`` tokens."""
+    def rewind(self, num_tokens: Mapping[str, int]) -> None:
+        """Have running requests compute again what follows so many first tokens of each."""
 
     @abstractmethod
     def copy_stream(self) -> torch.cuda.Stream | None:
@@ -41,8 +42,8 @@ class RunnerV1(RunnerAccess):
     def batch_order(self, common: CommonAttentionMetadata) -> Sequence[str]:
         return self._runner.input_batch.req_ids
 
-    def rewind(self, request_id: str, num_tokens: int) -> None:
-        """Nothing: the runner takes the number from the scheduler in each step."""
+    def rewind(self, num_tokens: Mapping[str, int]) -> None:
+        """Nothing: the runner takes the numbers from the scheduler in each step."""
 
     def copy_stream(self) -> torch.cuda.Stream | None:
         return self._runner.async_output_copy_stream
@@ -60,13 +61,20 @@ class RunnerV2(RunnerAccess):
         slots = self._runner.req_states.index_to_req_id
         return [slots[slot] for slot in common.req_idx]  # type: ignore[union-attr]
 
-    def rewind(self, request_id: str, num_tokens: int) -> None:
-        """The device counts for itself; on the host the runner takes the scheduler's number."""
+    def rewind(self, num_tokens: Mapping[str, int]) -> None:
+        """The device counts for itself; on the host the runner takes the scheduler's numbers.
+
+        Not by vLLM's staged writes: their buffers are there for one write in each step.
+        """
         states = self._runner.req_states
-        slot = states.req_id_to_index[request_id]
-        states.num_computed_tokens.stage_write_elem(slot, num_tokens)
-        states.num_computed_tokens.apply_write()
-        self._forget_prompt_logprobs(request_id, num_tokens)
+        counts, slots = states.num_computed_tokens.gpu, map(states.req_id_to_index.get, num_tokens)
+        counts.index_copy_(
+            0,
+            async_tensor_h2d(list(slots), counts.device, torch.int64),
+            async_tensor_h2d(list(num_tokens.values()), counts.device, counts.dtype),
+        )
+        for request_id, left in num_tokens.items():
+            self._forget_prompt_logprobs(request_id, left)
 
     def _forget_prompt_logprobs(self, request_id: str, num_tokens: int) -> None:
         """What comes is put behind what there is: drop those of the tokens that are read again."""

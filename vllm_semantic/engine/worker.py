@@ -165,8 +165,8 @@ class KVPolicyWorkerMixin(Worker):
             assert self._host is not None
             self._host.copy(step.copies)
         self._apply_evictions(step)
-        for request_id, num_tokens in step.rewinds.items():
-            self.runner_access.rewind(request_id, num_tokens)
+        if step.rewinds:
+            self.runner_access.rewind(step.rewinds)
         self._begin_step(step.keeps_queries)
         try:
             output = super().execute_model(scheduler_output)
