@@ -69,14 +69,21 @@ def make_config(llama: str, **kwargs: Any) -> Any:
     ).create_engine_config()
 
 
-def scheduler_under(llama: str, asynchronous: bool = False, **policy: Any) -> Any:
+def scheduler_under(
+    llama: str,
+    asynchronous: bool = False,
+    block_size: int = BLOCK_SIZE,
+    num_slots: int = 0,
+    **policy: Any,
+) -> Any:
     """A scheduler of 64 blocks under the policy above."""
     config = make_config(llama)
     full = FullAttentionSpec(
-        block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
+        block_size=block_size, num_kv_heads=1, head_size=32, dtype=torch.float32
     )
     config.scheduler_config.async_scheduling = asynchronous
-    spec = semantic_spec(full, ServedPolicies.from_config(SEMANTIC | policy), config)
+    served = ServedPolicies.from_config(SEMANTIC | policy)
+    spec = semantic_spec(full, served, config, num_slots=num_slots)
     return make_scheduler(resolve_obj_by_qualname(SCHEDULERS[asynchronous]), config, [spec], 64)
 
 
@@ -89,7 +96,7 @@ def result_of(output: Any, sampled: list[str]) -> ModelRunnerOutput:
     if ours and ours.score_requests:
         asked = ours.score_requests[0]
         scores = {
-            r: [float(hash((of.num_tokens, i)) % 7) for i in of.block_indices]
+            r: [float(hash((of.num_tokens, i)) % 7) for i in of.scored_indices]
             for r, of in asked.items()
         }
         attach_scores(result, {0: scores})
@@ -124,6 +131,56 @@ def session(llama: str, interrupted_at: int | None) -> tuple[dict[int, list[int]
     assert not coming
     assert request.num_prompt_tokens == sum(TURNS) + (len(TURNS) - 1) * (ANSWERS - 1)
     return evicted, request.num_preemptions
+
+
+def recalling_session(llama: str, turns: list[int], interrupted_at: int | None) -> set[int]:
+    """Where a session that recalls asks for scores, in blocks of 16; each time with the queries
+    before it."""
+    parts = {"sink_tokens": 16, "recent_tokens": 16, "semantic_tokens": 16}
+    scheduler = scheduler_under(llama, block_size=16, num_slots=64, **parts)
+    params = SamplingParams(max_tokens=ANSWERS, temperature=0, ignore_eos=True)
+    coming = [Request("s", [7] * length, params, None, resumable=True) for length in turns]
+    request = coming.pop(0)
+    scheduler.add_request(request)
+    asked_at: set[int] = set()
+    ring: dict[int, int] = {}
+    for step in range(200):
+        runs = request.status == RequestStatus.RUNNING
+        if runs and interrupted_at is not None and step >= interrupted_at:
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+            interrupted_at = None
+        if coming and request.status == RequestStatus.WAITING_FOR_STREAMING_REQ:
+            scheduler.add_request(coming.pop(0))
+        output: Any = scheduler.schedule()
+        if not output.num_scheduled_tokens:
+            continue
+        end = request.num_computed_tokens
+        start = end - output.num_scheduled_tokens["s"]
+        if start == 0:
+            asked_at, ring = set(), {}
+        ours = step_of(output)
+        if ours and "s" in ours.keeps_queries:
+            ring |= {position % 8: position for position in range(max(start, end - 8), end)}
+        if ours and ours.score_requests:
+            asked_at.add(end)
+            shown = [ring.get(position % 8) for position in range(end - 8, end)]
+            assert shown == [*range(end - 8, end)], "scored by queries of other tokens"
+        done = end >= request.num_tokens
+        scheduler.update_from_output(output, result_of(output, ["s"] if done else []))
+    assert not coming
+    assert interrupted_at is None, "it never ran again"
+    return asked_at
+
+
+@pytest.mark.parametrize("turns", [[100, 4, 20], [100, 24, 5], [90, 2, 3]])
+def test_the_next_turn_of_a_session_asks_with_its_own_queries(llama: str, turns: list[int]) -> None:
+    asked_at = recalling_session(llama, turns, None)
+    end = turns[0]
+    for length in turns[1:]:
+        end += ANSWERS - 1 + length
+        assert end - 1 in asked_at, "a turn that asks"
+    for interrupted_at in (8, 17, 20, 26):
+        assert recalling_session(llama, turns, interrupted_at) == asked_at
 
 
 @pytest.mark.parametrize("interrupted_at", [5, 14, 19, 26])
