@@ -166,7 +166,7 @@ class SemanticManager(FullAttentionManager):
                 point = self._next_point(request, num_computed)
             self._points[request_id] = point
             self.quiet_until[request_id] = point - policy.num_queries
-            if request.resumable and self.host is not None and policy.recalls:
+            if request.resumable and self._may_recall(request, num_computed):
                 self.quiet_until[request_id] = 0  # its next turn may ask at any token
         return num_computed + num_new > self.quiet_until[request_id]
 
@@ -226,11 +226,8 @@ class SemanticManager(FullAttentionManager):
         if point is None:
             return None
         if state.num_exact_tokens is None:
-            # Unless the first eviction is about to be.
-            delay = self.eviction_delay
-            now = (num_computed - ago for ago in range(delay + 1))
-            first = next((n for n in now if self._over_budget_at(request_id, n, num_prompt)), point)
-            if point <= first + delay:
+            first = self._first_eviction_now(request, num_computed)
+            if first is None or point <= first + self.eviction_delay:
                 return None
         return point
 
@@ -448,6 +445,23 @@ class SemanticManager(FullAttentionManager):
         )
         question = self.question_point(request, num_computed)
         return point if question is None else min(point, question)
+
+    def _may_recall(self, request: Request, num_computed: int) -> bool:
+        """Whether a request has evicted blocks that may come back, or is about to."""
+        if self.host is None or not policy_of(request, self.default_policy).recalls:
+            return False
+        state = self._requests.get(request.request_id)
+        if state is not None and state.num_exact_tokens is not None:
+            return True
+        return self._first_eviction_now(request, num_computed) is not None
+
+    def _first_eviction_now(self, request: Request, num_computed: int) -> int | None:
+        """The point at which blocks go for the first time, where the step that begins here, or the
+        next, settles it."""
+        for point in range(num_computed, num_computed - self.eviction_delay - 1, -1):
+            if self._over_budget_at(request.request_id, point, request.num_prompt_tokens):
+                return point
+        return None
 
     def _recallable(
         self, request_id: str, policy: KVPolicy, kept: BlockIndices
