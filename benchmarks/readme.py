@@ -64,6 +64,7 @@ def run() -> None:
         ],
         "docs/recall.md": [
             ("recall-turns", "recall", _turns),
+            ("real-recall", "real-recall", _rules),
             ("recall-cost", "figures", _recall_cost),
         ],
         "docs/research.md": [

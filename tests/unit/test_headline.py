@@ -31,6 +31,17 @@ def test_decoded() -> None:
     }
 
 
+def test_with_recall() -> None:
+    rows = "full", "streaming", "semantic in 3 groups", "semantic:recall in 3 groups"
+    found = headline(report("decode", *rows))
+    assert found.keys() == {
+        "real_excess_wikitext",
+        "real_semantic_minus_streaming_upper_wikitext",
+        "recalled_excess_wikitext",
+    }
+    assert found["recalled_excess_wikitext"] == pytest.approx(0.75)
+
+
 def test_read_by_prefill() -> None:
     found = headline(report("prefill", "full", "streaming", "semantic"))
     assert found == {"real_prefill_semantic_minus_streaming_wikitext": -0.03}
