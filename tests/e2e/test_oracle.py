@@ -153,7 +153,9 @@ def test_recall_agrees_with_oracle(
     model = request.getfixturevalue(architecture)
     asked: list[tuple[int, int]] = []
     prompts, delay = random_prompts([600, 330, 1100]), eviction_delay()
-    for policy in list(RECALL)[2:3] if interpreter.wanted() else RECALL:
+    # All on one model; where an engine takes minutes, the one with most to go wrong.
+    policies = list(RECALL) if architecture == "llama" else list(RECALL)[1:3]
+    for policy in policies[2:3] if interpreter.wanted() else policies:
         with start(model, policy, block_size=block_size) as llm:
             of_policy = generate(llm, model, policy, prompts, 100, prompt_logprobs=0)
             recalls = [dict(llm.trace.recalls.get(r, {})) for r in sorted(llm.trace.evictions)]

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 
 from vllm_semantic.policies import BlockBudget, StreamingPolicy
 from vllm_semantic.policies.selection import (
+    EarlierTurn,
     blocks_to_evict,
+    blocks_to_swap,
     eviction_point_from,
     is_eviction_point,
+    question_point_after,
 )
 
 repeatable = settings(deadline=None, derandomize=True)
@@ -99,3 +102,25 @@ def test_eviction_points(num_prompt_tokens: int, block_size: int, prefill_interv
     assert {n for n in range(HORIZON) if is_eviction_point(n, *request)} == points
     for n in range(HORIZON - block_size):
         assert eviction_point_from(n, *request) == min(p for p in points if p >= n)
+
+
+def test_the_last_token_of_each_turn_is_asked_for() -> None:
+    turns = [EarlierTurn(10, 17), EarlierTurn(18, 26), EarlierTurn(30, 38)]
+    found = [question_point_after(n, 50, turns) for n in range(52)]
+    # Up to 10; a turn of one token has no other to ask with; up to 30; up to 50.
+    assert found == [9] * 9 + [29] * 20 + [49] * 20 + [None] * 3
+    assert question_point_after(0, 1, []) is None
+
+
+def test_the_worst_makes_way_for_the_best_that_is_away() -> None:
+    held, away = {1: 3.0, 2: 1.0, 3: 2.0}, {7: 5.0, 8: 2.5, 9: 0.5}
+    assert blocks_to_swap(held, away, 9, 0.0) == [(2, 7), (3, 8)]
+    assert blocks_to_swap(held, away, 1, 0.0) == [(2, 7)]
+    assert blocks_to_swap(held, away, 9, 0.3) == [(2, 7)], "2.5 is not 2.0 and three tenths of it"
+    assert blocks_to_swap(held, {}, 9, 0.0) == []
+    # Equal is not better; nothing is less than nothing.
+    assert blocks_to_swap({1: 2.0}, {5: 2.0}, 1, 0.0) == []
+    assert blocks_to_swap({1: -1.0}, {5: -0.95}, 1, 0.1) == []
+    assert blocks_to_swap({1: math.nan}, {5: math.nan}, 1, 0.0) == []
+    assert blocks_to_swap({1: math.nan}, {5: -3.0}, 1, 0.1) == [(1, 5)]
+    assert blocks_to_swap({1: -math.inf}, {5: -3.0}, 1, 0.1) == [(1, 5)]
