@@ -486,8 +486,10 @@ class SemanticManager(FullAttentionManager):
         swaps = self._within_pool(request_id, swaps)
         recalled = sorted(comes for _, comes in swaps)
         evicted = sorted([*evicted, *(goes for goes, _ in swaps)])
-        table = self.req_to_blocks[request_id]
-        known = [(i, table[i].block_id, self._content(i, table[i])) for i in evicted]
+        known: list[tuple[int, int, Any]] = []
+        if self.host is not None:
+            table = self.req_to_blocks[request_id]
+            known = [(i, table[i].block_id, self._content(i, table[i])) for i in evicted]
         if evicted or not is_question:
             self._evict(request_id, evicted)
         if recalled:
