@@ -20,13 +20,15 @@ import psutil
 from .platforms import on_gpu
 
 BLOCK_SIZE = 32
+HOST_MIB = 256
+"""Host memory for evicted blocks; its pages count as they fill."""
 SMALL_BUDGET = [
     "--kv-policy=semantic",
     "--kv-policy-config.sink_tokens=8",
     "--kv-policy-config.recent_tokens=64",
     "--kv-policy-config.semantic_tokens=64",
     "--kv-policy-config.max_request_tokens=256",
-    "--kv-policy-config.recall_gib=0.25",
+    f"--kv-policy-config.recall_gib={HOST_MIB / 1024}",
     f"--block-size={BLOCK_SIZE}",
     "--max-num-batched-tokens=256",
     "--max-model-len=2048",
