@@ -20,7 +20,6 @@ from rich.console import Console
 
 from vllm_semantic.hooks import DEFAULT_BLOCK_SIZE
 from vllm_semantic.policies import POLICIES
-from vllm_semantic.policies.base import RECALL
 from vllm_semantic.policies.oracle import FUTURE_ATTENTION
 from vllm_semantic.recall import RECALL_BLOCKS, RECALL_GIB
 
@@ -29,7 +28,7 @@ from .context import RESULTS, context
 from .engines import RemoteEngine, engine
 from .models import CHECKPOINT
 from .progress import progress_bar
-from .rows import Row, rows_of, server_options
+from .rows import Row, recalls, rows_of, server_options
 from .shapes import kv_bytes
 from .statistics import by_distance, difference, excess_ratio, paired_difference, perplexity
 
@@ -343,7 +342,7 @@ def _real_headline(report: dict[str, Any]) -> dict[str, float]:
         ValueError: the report has not one row of the semantic policy beside one that recalls.
     """
     ours = [name for name in report["rows"] if name.startswith("semantic")]
-    recalled = [name for name in ours if RECALL in name.partition(" ")[0].split(":")]
+    recalled = [name for name in ours if recalls(name)]
     semantic = [name for name in ours if name not in recalled]
     if len(semantic) != 1 or len(recalled) > 1:
         raise ValueError(f"--figures: of which row? {', '.join(ours)}; allowed: one")

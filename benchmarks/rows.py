@@ -86,6 +86,11 @@ def server_options(rows: Sequence[Row], recall: Mapping[str, float]) -> dict[str
     return dict(recall) if any(row.options.get(RECALL) for row in rows) else {}
 
 
+def recalls(title: str) -> bool:
+    """Whether a row of a table, by its title, is of a policy whose blocks come back."""
+    return RECALL in title.partition(" ")[0].split(":")
+
+
 def _variant(policy: str, cls: type[KVPolicy], words: Sequence[str]) -> dict[str, Any]:
     """The options that words stand for.
 

@@ -25,7 +25,7 @@ from . import recall, texts
 from .context import RESULTS, context
 from .engines import RemoteEngine, engine
 from .progress import progress_bar
-from .rows import Row, rows_of, server_options
+from .rows import Row, recalls, rows_of, server_options
 from .shapes import kv_bytes
 
 AT_ONCE, LATER = "with the document", "in a later turn"
@@ -178,7 +178,7 @@ def headline(report: dict[str, Any]) -> dict[str, float]:
     rows = report["lengths"].get("4000", {}).get("asked", {}).get(LATER, {})
     at = f" @ {FIGURE_BUDGET}" if len(report["context"]["budget"]) > 1 else ""
     ours = [name for name in rows if name.startswith("semantic") and name.endswith(at)]
-    recalled = [name for name in ours if name.removesuffix(at).endswith(":recall")]
+    recalled = [name for name in ours if recalls(name)]
     evicted = [name for name in ours if name not in recalled]
     if len(recalled) != 1 or len(evicted) != 1 or "full" not in rows:
         raise ValueError(

@@ -24,8 +24,8 @@ from .policies.options import MAX_TOKENS, allowed, option_types, parse
 POLICY_FLAG = "--kv-policy"
 CONFIG_FLAG = "--kv-policy-config"
 
-_options = reprlib.Repr()
-_options.maxdict = 16
+_all_options = reprlib.Repr()  # of a policy: more than its four entries
+_all_options.maxdict = 16
 
 WRAPPED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "XFORMERS")
 """vLLM's attention backends, and one of our own, that read a table without evicted blocks."""
@@ -93,7 +93,7 @@ def make_policy(
             check_policy(policy)
             check_judged(policy, values)
     except PolicyError as error:
-        raise ValueError(f"{field} {_options.repr(values)}: policy {name!r} {error}") from error
+        raise ValueError(f"{field} {_all_options.repr(values)}: policy {name!r} {error}") from error
     if policy.bounded and policy.recent_tokens == 0:
         raise ValueError(
             f"{field}.recent_tokens 0 would evict what was just written; "

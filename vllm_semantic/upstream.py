@@ -118,6 +118,11 @@ CALLED = {
     "vllm.v1.engine.input_processor.InputProcessor.process_inputs": ("self",),
     "vllm.v1.attention.backends.registry.AttentionBackendEnum.register": ("cls", "name", "value"),
     "vllm.v1.attention.backends.registry.register_backend": ("backend", "class_path"),
+    "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator.cache_blocks": (
+        "self",
+        "request",
+        "num_computed_tokens",
+    ),
     "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator.find_longest_cache_hit": (
         "self",
         "block_hashes",

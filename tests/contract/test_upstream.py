@@ -320,6 +320,7 @@ def test_in_flight_tokens_are_those_not_settled() -> None:
     """Where a chunk starts: what is processed and what is in flight."""
     source = inspect.getsource(KVCacheManager.allocate_slots)
     assert "total_computed_tokens - request.num_in_flight_tokens" in source
+    assert "self.coordinator.cache_blocks(request, num_tokens_to_cache)" in source
 
 
 def test_runner_has_what_the_worker_reads() -> None:

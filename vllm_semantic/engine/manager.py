@@ -217,8 +217,8 @@ class SemanticManager(FullAttentionManager):
         Returns:
             Computed tokens; ``None`` if there is no such point.
         """
-        request_id, policy = request.request_id, policy_of(request, self.default_policy)
-        if self.host is None or not policy.recalls:
+        request_id = request.request_id
+        if not self._come_back_under(policy_of(request, self.default_policy)):
             return None
         num_prompt, turns = request.num_prompt_tokens, earlier_turns_of(request)
         state = self._requests.get(request_id, RequestBlocks())
@@ -295,11 +295,9 @@ class SemanticManager(FullAttentionManager):
         request_id = request.request_id
         until = len(self.req_to_blocks[request_id]) * self.block_size
         if self.enable_caching:
-            cached = self.num_cached_block.get(request_id, 0)
-            state = self._requests.get(request_id)
-            exact = None if state is None else state.num_exact_tokens
-            if exact is None or cached < exact // self.block_size:
-                until = min(until, (cached + 1) * self.block_size - 1)
+            next_full = (self.num_cached_block.get(request_id, 0) + 1) * self.block_size
+            if next_full <= self.num_exact_tokens(request_id):
+                until = min(until, next_full - 1)
         return until
 
     def evicts_from(self, request: Request) -> float:
@@ -371,9 +369,8 @@ class SemanticManager(FullAttentionManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Offer blocks for sharing, but none that was computed after an eviction."""
-        state = self._requests.get(request.request_id)
-        if state is not None and state.num_exact_tokens is not None:
-            num_tokens = min(num_tokens, state.num_exact_tokens)
+        exact = self.num_exact_tokens(request.request_id)
+        num_tokens = num_tokens if num_tokens <= exact else int(exact)
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
@@ -446,12 +443,15 @@ class SemanticManager(FullAttentionManager):
         question = self.question_point(request, num_computed)
         return point if question is None else min(point, question)
 
+    def _come_back_under(self, policy: KVPolicy) -> bool:
+        """Whether blocks may come back under a policy."""
+        return self.host is not None and policy.recalls
+
     def _may_recall(self, request: Request, num_computed: int) -> bool:
         """Whether a request has evicted blocks that may come back, or is about to."""
-        if self.host is None or not policy_of(request, self.default_policy).recalls:
+        if not self._come_back_under(policy_of(request, self.default_policy)):
             return False
-        state = self._requests.get(request.request_id)
-        if state is not None and state.num_exact_tokens is not None:
+        if self.num_exact_tokens(request.request_id) < math.inf:
             return True
         return self._first_eviction_now(request, num_computed) is not None
 
