@@ -7,7 +7,7 @@ import torch
 from vllm import _custom_ops as custom_ops
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 
-from vllm_semantic.engine.cached_kv import CachedKV, Places, cpu_places, stack_layers
+from vllm_semantic.engine.cached_kv import CachedKV, Loop, Packing, cpu_packing, stack_layers
 
 pytestmark = pytest.mark.cpu_build("its attention kernels write the cache")
 
@@ -56,8 +56,8 @@ def write_random(kv_cache: torch.Tensor, seed: int) -> torch.Tensor:
 def reader(kv_cache: torch.Tensor, kernel_blocks: int) -> CachedKV:
     block_size, head_size = kv_cache.shape[3], kv_cache.shape[4] // 2
     isa = _get_attn_isa(kv_cache.dtype, block_size, head_size)
-    places = cpu_places(block_size, head_size, kv_cache.dtype, isa)
-    return CachedKV(kv_cache, head_size, kernel_blocks, places)
+    packing = cpu_packing(block_size, head_size, kv_cache.dtype, isa)
+    return CachedKV(kv_cache, head_size, kernel_blocks, packing)
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 3])
@@ -76,8 +76,9 @@ def test_keys_and_values_come_back(
         shape = (NUM_LAYERS, -1, kernel_blocks * block_size, num_kv_heads, head_size)
         for half, gather in zip(written, (cache.gather_keys, cache.gather_values), strict=True):
             gathered = gather(block_ids)
-            assert gathered.dtype == dtype
-            assert torch.equal(gathered, half.view(shape)[:, block_ids].transpose(2, 3))
+            expected = half.view(shape)[:, block_ids].transpose(2, 3).float()
+            assert gathered.dtype == torch.float32
+            assert torch.equal(gathered, expected)
 
 
 @pytest.mark.parametrize("kernel_blocks", [1, 2])
@@ -94,33 +95,42 @@ def test_the_head_sizes_are_those_of_the_backend() -> None:
 
 
 @pytest.mark.parametrize("isa", ["vec", "vec16"])
-def test_places_are_a_permutation(isa: str) -> None:
-    places = cpu_places(32, 64, torch.float32, isa)
-    in_order = list(range(32 * 64))
-    for half in places:
-        assert sorted(half.tolist()) == in_order
-    assert places.keys.tolist() != in_order, "keys in order: nothing to look up any more"
+def test_the_packing_visits_each_token_and_channel_once(isa: str) -> None:
+    for loops in cpu_packing(32, 64, torch.float32, isa):
+        visited = [(0, 0)]
+        for loop in reversed(loops):
+            visited = [
+                (token + i * loop.tokens, channel + i * loop.channels)
+                for i in range(loop.size)
+                for token, channel in visited
+            ]
+        assert sorted(visited) == [(token, channel) for token in range(32) for channel in range(64)]
 
 
-def test_any_places_will_do() -> None:
-    """Not only those of the machine that runs this: as of another instruction set."""
-    block_size, head_size = 16, 8
-    kv_cache = torch.randn(NUM_LAYERS, 4, 3, block_size, 2 * head_size)
-    generator = torch.Generator().manual_seed(0)
-    size = block_size * head_size
-    places = Places(*(torch.randperm(size, generator=generator) for _ in range(2)))
-    cache = CachedKV(kv_cache, head_size, 1, places)
+def test_any_packing_will_do() -> None:
+    """Not only that of the machine that runs this: pairs of channels in tiles of four tokens."""
+    block_size, head_size = 8, 4
+    tiled = (Loop(2, 4, 0), Loop(2, 0, 2), Loop(4, 1, 0), Loop(2, 0, 1))
+    cache = CachedKV(
+        torch.randn(NUM_LAYERS, 4, 3, block_size, 2 * head_size).bfloat16(),
+        head_size,
+        1,
+        Packing(tiled, tiled[::-1]),
+    )
+    assert cache.keys is None
     ids = torch.tensor([2, 1])
-    for start, gathered, at in zip(
-        (0, size), (cache.gather_keys(ids), cache.gather_values(ids)), places, strict=True
-    ):
-        for token in range(block_size):
-            for channel in range(head_size):
-                expected = kv_cache[:, ids].flatten(3)[..., start + at[token * head_size + channel]]
-                assert torch.equal(gathered[:, :, :, token, channel], expected)
+    packed = cache.kv_cache[:, ids].flatten(3).float()
+    keys, values = cache.gather_keys(ids), cache.gather_values(ids)
+    for token in range(block_size):
+        for channel in range(head_size):
+            tile, pair = divmod(token, 4), divmod(channel, 2)
+            at = ((tile[0] * 2 + pair[0]) * 4 + tile[1]) * 2 + pair[1]
+            assert torch.equal(keys[..., token, channel], packed[..., at])
+            at = ((pair[1] * 4 + tile[1]) * 2 + pair[0]) * 2 + tile[0]
+            assert torch.equal(values[..., token, channel], packed[..., 32 + at])
 
 
-def test_keys_next_to_their_values_need_no_places() -> None:
+def test_keys_next_to_their_values_need_no_packing() -> None:
     """The layout of vLLM's GPU backends."""
     kv_cache = torch.randn(NUM_LAYERS, 6, 2, 16, 2 * 8)
     cache = CachedKV(kv_cache, 8, 1)
@@ -136,7 +146,7 @@ def test_a_layout_that_loses_keys_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     """As if a kernel stored keys rounded, or not at all."""
     monkeypatch.setattr(custom_ops, "cpu_attn_reshape_and_cache", lambda *_: None)
     with pytest.raises(RuntimeError, match=r"\(vec, torch.float32\).*--kv-policy cannot read"):
-        cpu_places(32, 32, torch.float32, "vec")
+        cpu_packing(32, 32, torch.float32, "vec")
 
 
 # -- layers at equal distances ---------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 from functools import cached_property
 from typing import NamedTuple
 
@@ -12,19 +11,23 @@ import torch
 from vllm import _custom_ops as custom_ops
 
 
-class Places(NamedTuple):
-    """Where the kernels keep channel ``c`` of token ``t`` among a head's keys, or values, of one
-    kernel block: at index ``t * head_size + c``. Each ``[block_size * head_size]`` int64."""
+class Loop(NamedTuple):
+    """One of the nested loops over what a kernel keeps of a head in a block."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    size: int
+    """Times around."""
+    tokens: int
+    """Tokens further with each, within the block."""
+    channels: int
+    """Channels further with each."""
 
 
-class Order(Enum):
-    """In which the elements of a head's keys, or values, of a block lie in memory."""
+class Packing(NamedTuple):
+    """In which order kernels keep a head's keys, and its values, of one kernel block: as nested
+    loops over tokens and channels, the outermost first."""
 
-    BY_TOKEN = auto()
-    BY_CHANNEL = auto()
+    keys: tuple[Loop, ...]
+    values: tuple[Loop, ...]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class CachedKV:
     kernel_blocks: int
     """Kernel blocks in one block of the block manager."""
 
-    places: Places | None = None
+    packing: Packing | None = None
     """``None``: a key lies next to its value. Else all of a head's keys come first."""
 
     @property
@@ -52,7 +55,7 @@ class CachedKV:
     @cached_property
     def keys(self) -> torch.Tensor | None:
         """All keys as a view, ``[num_layers, num_kernel_blocks, num_kv_heads,
-        kernel_block_size, head_size]``; ``None`` if the kernels scatter them."""
+        kernel_block_size, head_size]``; ``None`` if the kernels pack them in tiles."""
         return self._view(0)
 
     @cached_property
@@ -67,76 +70,60 @@ class CachedKV:
             block_ids: ``[num_blocks]`` ids of the block manager.
 
         Returns:
-            ``[num_layers, num_blocks, num_kv_heads, block_size, head_size]`` in the cache's
-            dtype.
+            ``[num_layers, num_blocks, num_kv_heads, block_size, head_size]`` fp32. In memory, a
+            channel of all blocks is one row, as a product with queries takes it.
         """
         return self._gather(0, block_ids)
 
     def gather_values(self, block_ids: torch.Tensor) -> torch.Tensor:
-        """Values of some blocks, as :meth:`gather_keys`."""
+        """Values of some blocks, as :meth:`gather_keys`; a token's are one row."""
         return self._gather(1, block_ids)
 
     def _view(self, which: int) -> torch.Tensor | None:
-        if self.places is None:
+        if self.packing is None:
             return self.kv_cache.unflatten(4, (2, self.head_size))[..., which, :]
-        return self._unpacked(which, self._packed(which))
-
-    def _unpacked(self, which: int, packed: torch.Tensor) -> torch.Tensor | None:
-        """What :meth:`_packed` gives, or some of its blocks, as a view by token and channel."""
-        block_size = self.kv_cache.shape[3]
-        match self._orders[which]:
-            case Order.BY_TOKEN:
-                return packed.unflatten(3, (block_size, self.head_size))
-            case Order.BY_CHANNEL:
-                return packed.unflatten(3, (self.head_size, block_size)).transpose(3, 4)
-        return None
-
-    @cached_property
-    def _orders(self) -> tuple[Order | None, ...]:
-        """Of keys and of values, where the kernels have one."""
-        assert self.places is not None
-        by_token = torch.arange(len(self.places.keys))
-        by_channel = by_token.view(self.head_size, -1).t().flatten()
-        return tuple(
-            Order.BY_TOKEN
-            if torch.equal(places, by_token)
-            else Order.BY_CHANNEL
-            if torch.equal(places, by_channel)
-            else None
-            for places in self.places
-        )
+        packed, loops = self._packed(which), self.packing[which]
+        if len(loops) != 2:
+            return None
+        by_loop = packed.unflatten(3, [loop.size for loop in loops])
+        return by_loop if loops[0].tokens else by_loop.transpose(3, 4)
 
     def _packed(self, which: int) -> torch.Tensor:
         """A head's keys, or values, of one block in the kernels' order."""
         return self.kv_cache.flatten(3).unflatten(3, (2, -1))[..., which, :]
 
     def _gather(self, which: int, block_ids: torch.Tensor) -> torch.Tensor:
-        if self.kernel_blocks == 1:
-            return self._gather_kernel_blocks(which, block_ids)
-        offsets = torch.arange(self.kernel_blocks, device=block_ids.device)
-        kernel_ids = (block_ids.unsqueeze(1) * self.kernel_blocks + offsets).flatten()
-        found = self._gather_kernel_blocks(which, kernel_ids)
-        return found.unflatten(1, (-1, self.kernel_blocks)).transpose(2, 3).flatten(3, 4)
+        size = self.kernel_blocks
+        if size > 1:
+            offsets = torch.arange(size, device=block_ids.device)
+            block_ids = (block_ids.unsqueeze(1) * size + offsets).flatten()
+        found = self._gather_kernel_blocks(which, block_ids)
+        if size > 1:
+            found = found.unflatten(1, (-1, size)).transpose(2, 3).flatten(3, 4)
+        return found
 
     def _gather_kernel_blocks(self, which: int, kernel_ids: torch.Tensor) -> torch.Tensor:
-        if self.places is None:
+        if self.packing is None:
             view = self.values if which else self.keys
             assert view is not None
-            return view[:, kernel_ids]
-        packed = self._packed(which)
-        if self._orders[which] is Order.BY_CHANNEL and len(kernel_ids):
-            # Block by block into [layers, heads, channels, blocks, tokens], whose rows a product
-            # with queries takes as they are: half the time of a gather and a transposition.
-            by_channel = packed.unflatten(3, (self.head_size, -1))
-            blocks = [by_channel[:, kernel_id] for kernel_id in kernel_ids.tolist()]
-            return torch.stack(blocks, dim=3).permute(0, 3, 1, 4, 2)
+            return view[:, kernel_ids].float()
         # Whole blocks as they lie in memory, and eight bytes at a time: a third of the time.
-        packed = packed.view(torch.int64)[:, kernel_ids].view(self.kv_cache.dtype)
-        unpacked = self._unpacked(which, packed)
-        if unpacked is not None:
-            return unpacked
-        shape = (self.kv_cache.shape[3], self.head_size)
-        return packed.index_select(3, self.places[which]).unflatten(3, shape)
+        packed = self._packed(which).view(torch.int64)[:, kernel_ids].view(self.kv_cache.dtype)
+        num_layers, num_blocks, num_kv_heads, _ = packed.shape
+        block_size = self.kv_cache.shape[3]
+        if which:
+            shape = (num_layers, num_blocks, num_kv_heads, block_size, self.head_size)
+            unpacked = packed.new_empty(shape, dtype=torch.float32)
+        else:
+            shape = (num_layers, num_kv_heads, self.head_size, num_blocks, block_size)
+            unpacked = packed.new_empty(shape, dtype=torch.float32).permute(0, 3, 1, 4, 2)
+        loops, (*outer, token, channel) = self.packing[which], unpacked.stride()
+        in_loops = unpacked.as_strided(
+            (*unpacked.shape[:3], *(loop.size for loop in loops)),
+            (*outer, *(loop.tokens * token + loop.channels * channel for loop in loops)),
+        )
+        in_loops.copy_(packed.unflatten(3, [loop.size for loop in loops]))  # and made fp32
+        return unpacked
 
 
 def stack_layers(kv_caches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -165,14 +152,14 @@ def stack_layers(kv_caches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [first.as_strided(shape, stride, offsets[0])]
 
 
-def cpu_places(block_size: int, head_size: int, dtype: torch.dtype, isa: str) -> Places:
+def cpu_packing(block_size: int, head_size: int, dtype: torch.dtype, isa: str) -> Packing:
     """Find where vLLM's CPU kernels put each key and value, by writing known ones.
 
     Each instruction set packs them in an order of its own (csrc/cpu/cpu_attn_*.hpp), so the
     kernel that will run is asked rather than its layout repeated here.
 
     Raises:
-        RuntimeError: what is read back is not a permutation of what was written.
+        RuntimeError: what is read back is not what was written, in nested loops.
     """
     identity = torch.arange(block_size * head_size)
     # Two bytes of the index, each exact in bfloat16, one probe for each.
@@ -181,12 +168,38 @@ def cpu_places(block_size: int, head_size: int, dtype: torch.dtype, isa: str) ->
         for part in (identity // 256, identity % 256)
     )
     written = (high * 256 + low).long()  # [2, block_size * head_size]
-    if not all(torch.equal(half.sort().values, identity) for half in written):
+    keys, values = (_loops(half.tolist(), head_size) for half in written)
+    if keys is None or values is None:
         raise RuntimeError(
             f"the CPU attention kernels ({isa}, {dtype}) pack keys in a way "
             "that --kv-policy cannot read"
         )
-    return Places(*written.argsort(1))
+    return Packing(keys, values)
+
+
+def _loops(order: list[int], head_size: int) -> tuple[Loop, ...] | None:
+    """The nested loops that visit ``token * head_size + channel`` in an order, if there are any."""
+    loops: list[Loop] = []
+    inner = 1  # elements that the loops so far visit
+    while inner < len(order):
+        stride, size = order[inner] - order[0], 1
+        if stride <= 0:
+            return None
+        # A loop over channels ends with the channels, even where the next token follows.
+        most = head_size // stride if stride < head_size else len(order)
+        while (
+            size < most
+            and (size + 1) * inner <= len(order)
+            and order[size * inner] - order[0] == size * stride
+        ):
+            size += 1
+        loops.insert(0, Loop(size, *divmod(stride, head_size)))
+        inner *= size
+    visited = torch.zeros(1, dtype=torch.long)
+    for loop in reversed(loops):
+        steps = torch.arange(loop.size) * (loop.tokens * head_size + loop.channels)
+        visited = (steps.unsqueeze(1) + visited).flatten()
+    return tuple(loops) if visited.tolist() == order else None
 
 
 def _write_probe(numbers: torch.Tensor, isa: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from .cached_kv import Places, cpu_places
+from .cached_kv import Packing, cpu_packing
 from .worker import KVPolicyWorkerMixin
 
 if TYPE_CHECKING:
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 class SemanticCPUWorker(KVPolicyWorkerMixin, CPUWorker):
     """vLLM's CPU worker with a policy."""
 
-    def _places(self, layer: Attention) -> Places | None:
+    def _packing(self, layer: Attention) -> Packing | None:
         if not isinstance(layer.impl, CPUAttentionBackendImpl):
             return None
-        return cpu_places(
+        return cpu_packing(
             layer.kv_cache.shape[2],
             layer.head_size,
             layer.kv_cache.dtype,

@@ -312,8 +312,8 @@ class BlockScorer:
                     values = partial(_both, values, host.gather_values, places, order)
                 view = BlockView(
                     layers.queries.index_select(1, rows).float(),
-                    keys(block_ids).float(),
-                    partial(_as_float, values, block_ids),
+                    keys(block_ids),
+                    partial(values, block_ids),
                     block_indices,
                     request.num_tokens,
                     layers.scale,
@@ -352,10 +352,6 @@ def _some_at_once(
                 queries=layers.queries[part],
                 host=host and replace(host, kv_cache=host.kv_cache[part]),
             )
-
-
-def _as_float(gather: Gather, block_ids: torch.Tensor) -> torch.Tensor:
-    return gather(block_ids).float()
 
 
 def _both(

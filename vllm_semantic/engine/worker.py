@@ -32,7 +32,7 @@ from ..messages import (
 from ..policies.trial import num_judged_blocks
 from ..served import CONFIG_KEY, ServedPolicies
 from .backend import CapturingImpl, CompactingBuilder, StepBuffers
-from .cached_kv import CachedKV, Places, stack_layers
+from .cached_kv import CachedKV, Packing, stack_layers
 from .held_blocks import HeldBlocks, HeldRows
 from .host_blocks import HostBlocks
 from .layers import check_layers
@@ -332,7 +332,7 @@ class KVPolicyWorkerMixin(Worker):
     def _connect_layers(self, layers: list[Attention], kernel_blocks: int) -> list[ScoredLayers]:
         """Give layers of one shape the buffers that their queries go to."""
         first = layers[0]
-        places = self._places(first)
+        packing = self._packing(first)
         scored = []
         for kv_cache in stack_layers([layer.kv_cache for layer in layers]):
             queries = self._windows.buffer(
@@ -342,7 +342,7 @@ class KVPolicyWorkerMixin(Worker):
                 self.model_config.dtype,
                 kv_cache.device,
             )
-            cache = CachedKV(kv_cache, first.head_size, kernel_blocks, places)
+            cache = CachedKV(kv_cache, first.head_size, kernel_blocks, packing)
             scored.append(ScoredLayers(cache, queries, first.impl.scale))
         buffers = [buffer for stacked in scored for buffer in stacked.queries]
         for layer, buffer in zip(layers, buffers, strict=True):
@@ -351,7 +351,7 @@ class KVPolicyWorkerMixin(Worker):
             layer.impl.newest_queries = buffer
         return scored
 
-    def _places(self, layer: Attention) -> Places | None:
+    def _packing(self, layer: Attention) -> Packing | None:
         """Where the kernels keep a head's keys and values, see :class:`CachedKV`."""
         return None
 
