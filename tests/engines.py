@@ -113,7 +113,7 @@ def assert_pool_whole(llm: Any) -> None:
     for manager in getattr(scheduler, "kv_policy_managers", {}).values():
         assert not manager._requests
         assert not manager._evictions
-        assert not manager._recalls
+        assert manager.recalls is None or not manager.recalls.take()
     if getattr(scheduler, "host_pool", None) is not None:
         assert not scheduler.host_pool._slots, "kept for a request that is gone"
 
@@ -131,9 +131,6 @@ def _follow(llm: Any) -> None:
             at = scheduler.requests[request_id].num_computed_tokens
             at -= output.num_scheduled_tokens.get(request_id, 0)
             managers = scheduler.kv_policy_managers
-            state = next(iter(managers.values()))._requests[request_id]
-            if state.prompt_read > state.last_point:  # the end of the prompt is read once more
-                at = state.last_point
             groups = [step.evictions.get(i, {}).get(request_id, []) for i in managers]
             back = [sorted(step.recalls.get(i, {}).get(request_id, ())) for i in managers]
             if any(back):

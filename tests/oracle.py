@@ -44,8 +44,8 @@ class Case:
     layer_skew_tokens: int = 0
     """How much more than the rest of the budget the last group keeps, and the first less."""
     recall: bool = False
-    """Whether evicted blocks may come back: before the last token of the prompt, which is then read
-    again from as far back as nothing is missing, and at eviction points."""
+    """Whether evicted blocks may come back: at the end of the prompt, whose last 256 tokens see
+    all that there was, and at eviction points."""
     recall_blocks: int = 0
     """The most that come back at an eviction point, each where it is worth a tenth more than what
     it replaces."""
@@ -404,14 +404,11 @@ class Oracle:
             share = len(self.calls) // len(groups)
             self.masks = [group.mask for group in groups for _ in range(share)]
             assert len(self.masks) == len(self.calls)
-            seen = last = 0
-            first = None
-            question = case.num_prompt_tokens - 1
-            for point in sorted({*eviction_points(case), question}):
-                asks = case.recall and point == question
+            seen, first = 0, None
+            question = slice(max(0, case.num_prompt_tokens - 256), case.num_prompt_tokens)
+            for point in eviction_points(case):
+                asks = case.recall and point == case.num_prompt_tokens
                 asks = asks and first is not None and first + case.eviction_delay < point
-                if not asks and point not in eviction_points(case):
-                    continue
                 for group in groups:
                     group.alive |= set(range(seen, point // size))
                 seen = point // size
@@ -426,17 +423,13 @@ class Oracle:
                         verdict.recalls[point] = recalled[0] if one else recalled
                     first = point if first is None else first
                     sees_from = point + case.eviction_delay
-                    if asks:
-                        num_recent = -(-case.recent_tokens // size)
-                        exact = first + case.eviction_delay
-                        again = max(last, exact, (point // size - num_recent) * size)
-                        sees_from = again if any(recalled) else point
                     for group, back in zip(groups, recalled, strict=True):
                         for blocks, visible in ((group.away, False), (back, True)):
                             for block in blocks:
                                 hidden = slice(block * size, (block + 1) * size)
                                 group.mask[sees_from:, hidden] = visible
-                    last = point
+                                if case.recall:
+                                    group.mask[question, hidden] = causal[question, hidden]
             logprobs = torch.log_softmax(self._forward(ids, total).double(), -1)
         for position in range(1, total):
             row = logprobs[position - 1]

@@ -76,7 +76,7 @@ class KVPolicyStep:
     """What a scheduler step tells the workers; one entry per KV cache group and request.
 
     Written by the scheduler, read by the workers before the forward pass (copies, evictions,
-    recalls, rewinds) and after it (score requests).
+    recalls, reads) and after it (score requests).
     """
 
     evictions: dict[int, dict[str, BlockIndices]] = field(default_factory=dict)
@@ -87,9 +87,9 @@ class KVPolicyStep:
     copies: HostCopies | None = None
     """Between the device and host memory; of all groups."""
 
-    rewinds: dict[str, int] = field(default_factory=dict)
-    """Requests that read the end of their prompt again, and how many tokens are left of what they
-    had computed."""
+    reads: dict[int, dict[str, Mapping[int, int]]] = field(default_factory=dict)
+    """What the tokens of this step see beside the blocks on the device, where they ask: slots in
+    host memory by logical index."""
 
     score_requests: dict[int, dict[str, ScoreRequest]] = field(default_factory=dict)
 

@@ -149,7 +149,7 @@ def test_recall_agrees_with_oracle(
     architecture: str, block_size: int, request: pytest.FixtureRequest
 ) -> None:
     """What comes back is what the oracle would have back, and it is what it was: every token after
-    it, those of the prompt that are read again included, is as likely as with it."""
+    it, those of the prompt that read host memory included, is as likely as with it."""
     model = request.getfixturevalue(architecture)
     asked: list[tuple[int, int]] = []
     prompts, delay = random_prompts([600, 330, 1100]), eviction_delay()
@@ -166,7 +166,7 @@ def test_recall_agrees_with_oracle(
             said = [row[token].logprob for row, token in of_tokens]
             assert said == pytest.approx(verdict.prompt_logprobs, abs=TOLERANCE)
             asked += [(case.num_prompt_tokens, point - delay) for point in recalled]
-    assert any(point == num_prompt - 1 - delay for num_prompt, point in asked), "by no prompt"
+    assert any(point == num_prompt for num_prompt, point in asked), "by no prompt"
     assert any(point > num_prompt for num_prompt, point in asked), "by no answer"
 
 
@@ -270,8 +270,7 @@ def assert_only_full_attention(llm: Any, other_layers: str | None) -> None:
 def shown(case: Case, at_points: dict[int, list[Any]]) -> dict[int, list[Any]]:
     """When a trace shows what should happen at eviction points."""
     total, delay = len(case.token_ids), case.eviction_delay
-    question = case.num_prompt_tokens - 1 if case.recall else None
-    settled = {at + delay * (at != question): blocks for at, blocks in at_points.items()}
+    settled = {at + delay: blocks for at, blocks in at_points.items()}
     return {at: blocks for at, blocks in settled.items() if at < total}
 
 

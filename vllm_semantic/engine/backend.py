@@ -7,8 +7,8 @@ vLLM keeps its own choice of the base.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from ..config import WRAPPED_BACKENDS
 from ..ops.queries import keep_queries
 from .held_blocks import HeldRows
+from .host_reads import HostRead, Staging, plan_read
 from .query_windows import QueryWindows
 
 HeldRowsOf = Callable[[CommonAttentionMetadata], "HeldRows | None"]
@@ -29,6 +30,10 @@ HeldRowsOf = Callable[[CommonAttentionMetadata], "HeldRows | None"]
 QueryRows = Callable[[CommonAttentionMetadata], "np.ndarray | None"]
 """Says which queries of a batch to keep and where, see ``QueryWindows.place``; ``None`` for
 none."""
+
+
+ReadsOf = Callable[[CommonAttentionMetadata], "Mapping[int, Mapping[int, int]]"]
+"""Says which rows of a batch see host memory: by row, slots by logical index of the blocks."""
 
 
 class StepBuffers:
@@ -94,8 +99,18 @@ class CompactingBuilder:
     query_rows: QueryRows
     """Written by the worker with :attr:`buffers`."""
 
+    reads: ReadsOf
+    """Written by the worker with :attr:`buffers`."""
+
+    kernel_blocks: int
+    """Kernel blocks in a block of the manager. Written by the worker with :attr:`buffers`."""
+
     captured = False
     """Whether a CUDA graph reads the buffers, in every step from then on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._arguments = args, kwargs
 
     def build(
         self,
@@ -104,10 +119,15 @@ class CompactingBuilder:
         fast_build: bool = False,
     ) -> Any:
         common, query_places = common_attn_metadata, None
+        reads: list[HostRead] = []
         if self.buffers is not None:
             held = self.held_rows(common)
             if held is not None:
                 common = self._compact(common, self.buffers, held)
+                reads = [
+                    plan_read(self._reader, common, row, held, away, self.kernel_blocks)
+                    for row, away in self.reads(common_attn_metadata).items()
+                ]
             elif self.captured:
                 common = self._stage(common, self.buffers)
             if self.buffers.windows is not None:
@@ -120,7 +140,15 @@ class CompactingBuilder:
             common_prefix_len, common, fast_build
         )
         metadata.query_places = query_places
+        metadata.host_reads = reads
         return metadata
+
+    @cached_property
+    def _reader(self) -> Any:
+        """A builder of vLLM's own, for single requests of the same step: what it writes to
+        buffers of its own is not in the way of the batch's."""
+        args, kwargs = self._arguments
+        return self.base(*args, **kwargs)  # type: ignore[attr-defined]
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         self.captured = True
@@ -186,6 +214,12 @@ class CapturingImpl:
     :class:`QueryWindows`. Written by the worker once the KV cache exists; ``None`` for layers
     not scored."""
 
+    host_kv: torch.Tensor | None = None
+    """``[num_kernel_slots, ...]`` like the layer's cache: its evicted blocks in host memory.
+    Written by the worker, with :attr:`staging`, where blocks may come back."""
+
+    staging: Staging
+
     def forward(
         self,
         layer: Any,
@@ -202,9 +236,17 @@ class CapturingImpl:
             places = attn_metadata.query_places
             if places is not None:
                 keep_queries(self.newest_queries, query, places)
-        return super().forward(  # type: ignore[misc, no-any-return]
+        attend = super().forward  # type: ignore[misc]
+        attended: torch.Tensor = attend(
             layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
         )
+        if self.host_kv is not None and attn_metadata is not None:
+            for read in attn_metadata.host_reads:
+                together = read.gather(kv_cache, self.host_kv, self.staging)
+                of_read = (rows[read.tokens] for rows in (query, key, value))
+                rows = output[read.tokens]
+                attend(layer, *of_read, together, read.metadata, rows, *args, **kwargs)
+        return attended
 
 
 @cache
@@ -224,7 +266,7 @@ def wrap_backend(name: str) -> type[AttentionBackend]:
 
     def get_builder_cls() -> type:
         builder = base.get_builder_cls()
-        return type(f"Semantic{builder.__name__}", (CompactingBuilder, builder), {})
+        return type(f"Semantic{builder.__name__}", (CompactingBuilder, builder), {"base": builder})
 
     return type(
         name,

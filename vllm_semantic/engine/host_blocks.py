@@ -94,6 +94,22 @@ class HostBlocks:
         staged = self._to_device(host, slots)
         return replace(host, kv_cache=staged), torch.arange(len(slots), device=staged.device)
 
+    def read(self, slots: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> None:
+        """Copy parts of host memory to the device, in order with the kernels on both sides.
+
+        Args:
+            slots: views of :meth:`caches`.
+            into: of the same shapes; the memory is the kernels' before and after.
+        """
+        if self._stream is None:
+            torch._foreach_copy_(into, slots)
+            return
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            torch._foreach_copy_(into, slots, non_blocking=True)
+        current.wait_stream(self._stream)
+
     def _allocate(self, cache: CachedKV, num_slots: int) -> torch.Tensor:
         """Memory for one slot after the other, all layers of each together."""
         num_layers, _, *block = cache.kv_cache.shape
@@ -137,12 +153,7 @@ class HostBlocks:
         shape = (num_layers, len(slots) * host.kernel_blocks, *block)
         staged = torch.empty(shape, dtype=host.kv_cache.dtype, device=self._stream.device)
         places = _blocks(replace(host, kv_cache=staged), range(len(slots)))
-        current = torch.cuda.current_stream()
-        # In order with the kernels on both sides: the memory is theirs before and after.
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            torch._foreach_copy_(places, _blocks(host, slots), non_blocking=True)
-        current.wait_stream(self._stream)
+        self.read(_blocks(host, slots), places)
         return staged
 
 

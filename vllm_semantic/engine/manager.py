@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +14,6 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from ..config import check_block_size
 from ..messages import (
     BlockIndices,
-    Owner,
     ScoreRequest,
     earlier_turns_of,
     extra_args_of,
@@ -24,15 +23,16 @@ from ..policies import KVPolicy
 from ..policies.base import BlockBudget
 from ..policies.check import POLICY_ERRORS
 from ..policies.selection import (
+    Question,
     blocks_to_evict,
     blocks_to_swap,
     eviction_point_of_turns,
     is_eviction_point,
     prompt_end,
-    question_point_after,
+    question_after,
 )
 from .explain import explain_eviction, sum_up_request
-from .host_pool import HostPool
+from .recalls import Recalls
 from .request_blocks import RequestBlocks
 from .stats import EvictionStats
 
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = init_logger(f"vllm.{__name__}")
+
+QUESTION_TOKENS = 256
+"""The most tokens at the end of a prompt that see evicted blocks, and choose which come back."""
 
 RECALL_MARGIN = 0.1
 """By which share of its score a block has to be beaten by one that would come back."""
@@ -90,18 +93,11 @@ class SemanticManager(FullAttentionManager):
         self.is_first = True
         """Whether the manager is that of the first group: what happens to a request once, however
         many groups its layers are in, is counted there. Written by the scheduler."""
-        self.host: HostPool | None = None
-        """What keeps evicted blocks, for all groups; ``None``: they are lost. Written by the
-        scheduler."""
+        self.recalls: Recalls | None = None
+        """The group's evicted blocks; ``None``: they are lost. Written by the scheduler."""
         self.recall_blocks = kv_cache_spec.recall_blocks
         self.num_steps = 0
         """Scheduler steps so far, this one included. Written by the scheduler."""
-        self.questions: dict[str, int] = {}
-        """Requests that look for what the end of their prompt asks for, and up to where it has been
-        read. Written by the scheduler."""
-        self.rewinds: dict[str, int] = {}
-        """Requests that read the end of their prompt again with their next step, and how many
-        tokens stay computed. Written by the scheduler."""
         self.quiet_until: dict[str, float] = {}
         """By request, the computed tokens up to which nothing is asked of the workers for it."""
         self._budget_of = lru_cache(MAX_BUDGETS)(kv_cache_spec.budget)
@@ -110,7 +106,6 @@ class SemanticManager(FullAttentionManager):
         """By request, the next point at which blocks have to go; an eviction only moves it on."""
         self._requests: dict[str, RequestBlocks] = {}
         self._evictions: dict[str, BlockIndices] = {}
-        self._recalls: dict[str, dict[int, int]] = {}
 
     @property
     def stats(self) -> EvictionStats:
@@ -120,7 +115,7 @@ class SemanticManager(FullAttentionManager):
     # -- what the scheduler asks ------------------------------------------------------
 
     def clip_to_eviction_point(self, request: Request, num_computed: int, num_new: int) -> int:
-        """Shorten a chunk so that it does not run past a point at which blocks must go.
+        """Shorten a chunk so that it runs neither past an eviction point nor into a question.
 
         Args:
             request: the request to schedule.
@@ -132,13 +127,15 @@ class SemanticManager(FullAttentionManager):
         """
         if not policy_of(request, self.default_policy).bounded:
             return num_new
-        num_prompt = request.num_prompt_tokens
-        if self.eviction_delay and self._over_budget_at(
-            request.request_id, num_computed, num_prompt
-        ):
+        request_id, num_prompt = request.request_id, request.num_prompt_tokens
+        if self.eviction_delay and self._is_point(request_id, num_computed, num_prompt):
             # What still sees the evicted blocks is this one token, however steps fall.
             return min(num_new, self.eviction_delay)
-        return min(num_new, self._next_point(request, num_computed) - num_computed)
+        point = self._next_point(request_id, num_computed, num_prompt)
+        question = self.question(request, num_computed)
+        if question is not None and num_computed < question.start:
+            point = min(point, question.start)
+        return min(num_new, point - num_computed)
 
     def max_prefix_hit_tokens(self, request: Request) -> int | None:
         """The longest prefix hit that still computes the queries of the first eviction.
@@ -163,11 +160,14 @@ class SemanticManager(FullAttentionManager):
         if num_computed >= self._points.get(request_id, 0):
             policy, point = policy_of(request, self.default_policy), math.inf
             if policy.bounded and policy.scores_blocks:
-                point = self._next_point(request, num_computed)
+                point = self._next_point(request_id, num_computed, request.num_prompt_tokens)
             self._points[request_id] = point
-            self.quiet_until[request_id] = point - policy.num_queries
-            if request.resumable and self._may_recall(request, num_computed):
-                self.quiet_until[request_id] = 0  # its next turn may ask at any token
+            quiet_until = point - policy.num_queries
+            if (question := self.question(request, num_computed)) is not None:
+                quiet_until = min(quiet_until, question.start)
+            if request.resumable and self._may_recall(policy):
+                quiet_until = 0  # its next turn may ask at any token
+            self.quiet_until[request_id] = quiet_until
         return num_computed + num_new > self.quiet_until[request_id]
 
     def score_request(self, request: Request, num_computed: int) -> ScoreRequest | None:
@@ -178,9 +178,8 @@ class SemanticManager(FullAttentionManager):
             num_computed: tokens computed once the step has run.
         """
         request_id, policy = request.request_id, policy_of(request, self.default_policy)
-        is_question = self.question_point(request, num_computed - 1) == num_computed
-        if not policy.scores_blocks or not (
-            is_question or self._over_budget_at(request_id, num_computed, request.num_prompt_tokens)
+        if not policy.scores_blocks or not self._is_point(
+            request_id, num_computed, request.num_prompt_tokens
         ):
             return None
         state = self._requests.setdefault(request_id, RequestBlocks())
@@ -194,8 +193,8 @@ class SemanticManager(FullAttentionManager):
         self.stats_by_policy[policy.name].scored_blocks += len(kept)
         block_ids = [blocks[i].block_id for i in held]
         recallable: Mapping[int, int] = {}
-        if is_question or self.recall_blocks:
-            recallable = self._recallable(request_id, policy, kept)
+        if self.recall_blocks or self._ends_question(request, num_computed):
+            recallable = self._away(request_id, policy, kept)
         return ScoreRequest(policy, num_computed, kept, block_ids, recallable)
 
     def record_scores(self, request_id: str, asked: ScoreRequest, scores: Sequence[float]) -> None:
@@ -205,61 +204,44 @@ class SemanticManager(FullAttentionManager):
         state = self._requests.setdefault(request_id, RequestBlocks())
         state.scores[asked.num_tokens] = dict(zip(asked.scored_indices, scores, strict=True))
 
-    def question_point(self, request: Request, num_computed: int) -> int | None:
-        """Where the blocks that the end of a prompt asks for are chosen: before its last token.
+    def question(self, request: Request, num_computed: int) -> Question | None:
+        """The end of a prompt that sees evicted blocks too: what is being read, or comes next.
 
-        Only of a request that has evicted blocks: any other has seen all there is.
+        Only of a request that has lost blocks before it ends: any other sees all there is. So it
+        depends on the request alone, as eviction points do.
 
         Args:
             request: a request.
-            num_computed: tokens computed; the point lies behind them.
-
-        Returns:
-            Computed tokens; ``None`` if there is no such point.
+            num_computed: tokens computed; the question ends behind them.
         """
-        request_id = request.request_id
-        if not self._come_back_under(policy_of(request, self.default_policy)):
+        if not self._may_recall(policy_of(request, self.default_policy)):
             return None
         num_prompt, turns = request.num_prompt_tokens, earlier_turns_of(request)
-        state = self._requests.get(request_id, RequestBlocks())
-        point = question_point_after(max(num_computed, state.prompt_read - 1), num_prompt, turns)
-        if point is None:
+        found = question_after(num_computed, num_prompt, turns, QUESTION_TOKENS)
+        if found is None:
             return None
-        if state.num_exact_tokens is None:
-            first = self._first_eviction_now(request, num_computed)
-            if first is None or point <= first + self.eviction_delay:
-                return None
-        return point
+        num_exact = self.num_exact_tokens(request.request_id)
+        if num_exact == math.inf:  # nothing has gone yet: when will it?
+            first = self._next_over_budget_point(request.request_id, 0, num_prompt)
+            num_exact = first + self.eviction_delay
+        return found if num_exact < found.end else None
 
-    def answer(self, request: Request, point: int) -> tuple[int, int]:
-        """Choose what the end of a prompt is read with, among all blocks that there are.
+    def reads(self, request: Request, num_computed: int) -> Mapping[int, int]:
+        """What the tokens of a step see beside the blocks on the device.
 
         Args:
-            request: whose steps are settled up to ``point``.
-            point: its :meth:`question_point`.
+            request: a request of the step.
+            num_computed: tokens computed before the step.
 
         Returns:
-            How many blocks come back, and the first token that can be read again: all from there
-            on are held, and nothing has been evicted since.
+            Slots in host memory by logical index; none unless a question is being read.
         """
-        request_id = request.request_id
-        state = self._requests[request_id]
-        for earlier in sorted(earlier for earlier in state.scores if earlier < point):
-            self._evict_at(request_id, state, earlier)  # its step has just been settled too
-        first = max(state.last_point, state.num_exact_tokens or 0)  # what is exact may be shared
-        recalled = self._evict_at(request_id, state, point, is_question=True)
-        state.prompt_read = point + 1
-        recent = self._budget_of(policy_of(request, self.default_policy)).recent
-        first = max(first, state.kept[-recent] * self.block_size)
-        for feature in request.mm_features:  # what an encoder made of it may be gone
-            if feature.mm_position.offset < point:
-                first = max(first, feature.mm_position.offset + feature.mm_position.length)
-        return len(recalled), first
-
-    def take_recalls(self) -> dict[str, dict[int, int]]:
-        """Drain what came back since the last call, for the workers: ids by logical index."""
-        recalls, self._recalls = self._recalls, {}
-        return {of: dict(sorted(places.items())) for of, places in recalls.items() if places}
+        question = self.question(request, num_computed)
+        if question is None or num_computed < question.start:
+            return {}
+        state = self._requests.get(request.request_id, RequestBlocks())
+        kept = state.kept_at(num_computed // self.block_size)
+        return self._away(request.request_id, policy_of(request, self.default_policy), kept)
 
     def take_evictions(self) -> dict[str, BlockIndices]:
         """Drain the evictions since the last call, for the workers."""
@@ -310,7 +292,7 @@ class SemanticManager(FullAttentionManager):
             return math.inf
         settled = request.num_computed_tokens - self.eviction_delay
         num_prompt = request.num_prompt_tokens
-        point = self._next_over_budget_point(request.request_id, settled, num_prompt)
+        point = self._next_point(request.request_id, settled, num_prompt)
         return point + self.eviction_delay  # as much later as scores take
 
     # -- vLLM's own hooks -------------------------------------------------------------
@@ -350,7 +332,7 @@ class SemanticManager(FullAttentionManager):
         if (
             num_prompt_tokens is None
             or point > processed_computed_tokens
-            or not self._over_budget_at(request_id, point, num_prompt_tokens)
+            or not self._is_point(request_id, point, num_prompt_tokens)
         ):
             return
         state = self._requests.setdefault(request_id, RequestBlocks())
@@ -391,11 +373,8 @@ class SemanticManager(FullAttentionManager):
                 state.num_scored,
             )
         self._evictions.pop(request_id, None)
-        self._recalls.pop(request_id, None)
-        if self.host is not None:
-            self.host.forget(Owner(self.kv_cache_group_id, request_id))
-        self.questions.pop(request_id, None)
-        self.rewinds.pop(request_id, None)
+        if self.recalls is not None:
+            self.recalls.forget(request_id)
         self.forget_points(request_id)
         return super().pop_blocks_for_free(request_id)
 
@@ -405,13 +384,13 @@ class SemanticManager(FullAttentionManager):
 
     # -- helpers ----------------------------------------------------------------------
 
-    def _over_budget_at(self, request_id: str, num_tokens: int, num_prompt_tokens: int) -> bool:
-        """Whether blocks have to go once ``num_tokens`` are computed.
+    def _is_point(self, request_id: str, num_tokens: int, num_prompt_tokens: int) -> bool:
+        """Whether blocks go, or may come back, once ``num_tokens`` are computed.
 
         Asked for every request in many steps: the first lines answer almost always.
         """
-        turns = earlier_turns_of(self.requests.get(request_id))
-        if turns:
+        request = self.requests.get(request_id)
+        if turns := earlier_turns_of(request):
             num_prompt_tokens = prompt_end(num_tokens, num_prompt_tokens, turns)
         if num_tokens % self._point_spacing and num_tokens != num_prompt_tokens:
             return False
@@ -421,7 +400,14 @@ class SemanticManager(FullAttentionManager):
         ):
             return False
         least_blocks = self._least_blocks(policy)
-        return self._num_kept_at(request_id, num_tokens, least_blocks) > least_blocks
+        if self._num_kept_at(request_id, num_tokens, least_blocks) > least_blocks:
+            return True
+        return num_tokens == num_prompt_tokens and self._ends_question(request, num_tokens)
+
+    def _ends_question(self, request: Request | None, num_tokens: int) -> bool:
+        """Whether a question has been read once ``num_tokens`` are computed."""
+        question = None if request is None else self.question(request, num_tokens - 1)
+        return question is not None and question.end == num_tokens
 
     def _next_over_budget_point(
         self, request_id: str, num_tokens: int, num_prompt_tokens: int
@@ -435,75 +421,43 @@ class SemanticManager(FullAttentionManager):
             first, num_prompt_tokens, turns, self.block_size, self.prefill_interval
         )
 
-    def _next_point(self, request: Request, num_computed: int) -> int:
-        """The first point after ``num_computed`` tokens at which blocks go or come back."""
-        point = self._next_over_budget_point(
-            request.request_id, num_computed, request.num_prompt_tokens
-        )
-        question = self.question_point(request, num_computed)
-        return point if question is None else min(point, question)
+    def _next_point(self, request_id: str, num_tokens: int, num_prompt_tokens: int) -> int:
+        """The first point after ``num_tokens`` at which blocks go, or may come back."""
+        point = self._next_over_budget_point(request_id, num_tokens, num_prompt_tokens)
+        request = self.requests.get(request_id)
+        question = None if request is None else self.question(request, num_tokens)
+        return point if question is None else min(point, question.end)
 
-    def _come_back_under(self, policy: KVPolicy) -> bool:
+    def _may_recall(self, policy: KVPolicy) -> bool:
         """Whether blocks may come back under a policy."""
-        return self.host is not None and policy.recalls
+        return self.recalls is not None and policy.recalls
 
-    def _may_recall(self, request: Request, num_computed: int) -> bool:
-        """Whether a request has evicted blocks that may come back, or is about to."""
-        if not self._come_back_under(policy_of(request, self.default_policy)):
-            return False
-        if self.num_exact_tokens(request.request_id) < math.inf:
-            return True
-        return self._first_eviction_now(request, num_computed) is not None
-
-    def _first_eviction_now(self, request: Request, num_computed: int) -> int | None:
-        """The point at which blocks go for the first time, where the step that begins here, or the
-        next, settles it."""
-        for point in range(num_computed, num_computed - self.eviction_delay - 1, -1):
-            if self._over_budget_at(request.request_id, point, request.num_prompt_tokens):
-                return point
-        return None
-
-    def _recallable(
-        self, request_id: str, policy: KVPolicy, kept: BlockIndices
-    ) -> Mapping[int, int]:
+    def _away(self, request_id: str, policy: KVPolicy, kept: BlockIndices) -> Mapping[int, int]:
         """The slots in host memory of blocks that are nowhere else, by logical index."""
-        if self.host is None or not policy.recalls:
+        if self.recalls is None or not policy.recalls:
             return {}
-        slots = self.host.blocks_of(Owner(self.kv_cache_group_id, request_id))
-        return {i: slots[i] for i in sorted(slots.keys() - set(kept))}
+        return self.recalls.away(request_id, kept)
 
-    def _evict_at(
-        self, request_id: str, state: RequestBlocks, point: int, is_question: bool = False
-    ) -> BlockIndices:
-        """Evict down to the budget, and recall what is worth more than what is left.
-
-        Returns:
-            Logical indices of what came back, ascending.
-        """
+    def _evict_at(self, request_id: str, state: RequestBlocks, point: int) -> None:
+        """Evict down to the budget, and recall what is worth more than what is left."""
         num_full_blocks = point // self.block_size
         kept = state.kept_at(num_full_blocks)
+        is_question = self._ends_question(self.requests.get(request_id), point)
         evicted, swaps = self._choose(request_id, state, kept, point, is_question)
         swaps = self._within_pool(request_id, swaps)
         recalled = sorted(comes for _, comes in swaps)
         evicted = sorted([*evicted, *(goes for goes, _ in swaps)])
-        known: list[tuple[int, int, Any]] = []
-        if self.host is not None:
-            table = self.req_to_blocks[request_id]
-            known = [(i, table[i].block_id, self._content(i, table[i])) for i in evicted]
+        table = self.req_to_blocks[request_id]
+        # A block that is freed may lose its hash.
+        gone = {i: (table[i].block_id, self._content(i, table[i])) for i in evicted}
         if evicted or not is_question:
             self._evict(request_id, evicted)
-        if recalled:
-            self._recall(request_id, recalled)
-        if self.host is not None:
-            self._keep(request_id, known)  # last: what comes back keeps its place there
-            self.forget_points(request_id)  # now there may be something to ask for
-        gone = set(evicted)
+        self._recall(request_id, recalled)
+        self._keep(request_id, gone)  # last: what comes back keeps its place there
         state.kept = sorted([*(i for i in kept if i not in gone), *recalled])
         state.num_seen = num_full_blocks
-        state.last_point = point
         state.scores = {later: s for later, s in state.scores.items() if later > point}
         state.asked_in_step = {p: step for p, step in state.asked_in_step.items() if p > point}
-        return recalled
 
     def _choose(
         self,
@@ -523,7 +477,7 @@ class SemanticManager(FullAttentionManager):
         candidates = budget.candidates(kept)
         asked_in_step = state.asked_in_step.pop(point, None)
         scored = state.scores.get(point, {})
-        away = [i for i in self._recallable(request_id, policy, kept) if i in scored]
+        away = [i for i in self._away(request_id, policy, kept) if i in scored]
         swaps: list[tuple[int, int]] = []
         try:
             extra_args = extra_args_of(self.requests[request_id])
@@ -604,53 +558,41 @@ class SemanticManager(FullAttentionManager):
             blocks[i] = self._null_block
         # The newest first, as vLLM frees a request: the oldest stay shareable longest.
         self.block_pool.free_blocks(reversed(freed))
-        undone = [i for i in block_indices if self._undo_recall(request_id, i)]
-        gone = set(block_indices).difference(undone)
+        gone = set(block_indices)
+        if self.recalls is not None:
+            gone = {i for i in gone if not self.recalls.undo(request_id, i)}
         if gone:
             self._evictions[request_id] = sorted(gone.union(self._evictions.get(request_id, ())))
         stats.evicted_blocks += len(block_indices)
         stats.recovered_blocks += len(block_indices)
+
+    def _recall(self, request_id: str, block_indices: BlockIndices) -> None:
+        """Give blocks that come back a place on the device; the next step copies them there."""
+        if not block_indices:
+            return
+        assert self.recalls is not None
+        table = self.req_to_blocks[request_id]
+        new_blocks = self.block_pool.get_new_blocks(len(block_indices))
+        for i, block in zip(block_indices, new_blocks, strict=True):
+            table[i] = block
+            self.recalls.bring_back(request_id, i, block.block_id)
+        stats = self.stats_by_policy[self.policy_of(request_id).name]
+        stats.recalled_blocks += len(block_indices)
+        stats.recovered_blocks -= len(block_indices)
+
+    def _keep(self, request_id: str, evicted: Mapping[int, tuple[int, Any]]) -> None:
+        """Keep evicted blocks in host memory: ids and block hashes by logical index."""
+        policy = self.policy_of(request_id)
+        if self.recalls is None or not policy.recalls:
+            return
+        stats = self.stats_by_policy[policy.name]
+        for i, (block_id, block_hash) in evicted.items():
+            kept = self.recalls.keep(request_id, i, block_id, block_hash)
+            stats.copied_blocks += kept.copied
+            stats.dropped_blocks += kept.dropped
 
     def _content(self, index: int, block: KVCacheBlock) -> Any:
         """The hash of a full block; ``None`` where there is none, or it is of a part of the block
         alone, as that of a prompt's last one can be."""
         is_whole = block.block_hash_num_tokens == (index + 1) * self.block_size
         return block.block_hash if is_whole else None
-
-    def _keep(self, request_id: str, evicted: Iterable[tuple[int, int, Any]]) -> None:
-        """Keep evicted blocks in host memory: logical indices, ids and block hashes."""
-        policy = self.policy_of(request_id)
-        if self.host is None or not policy.recalls:
-            return
-        owner, stats = Owner(self.kv_cache_group_id, request_id), self.stats_by_policy[policy.name]
-        for i, block_id, block_hash in evicted:
-            kept = self.host.keep(owner, i, block_id, block_hash)
-            stats.copied_blocks += kept.copied
-            stats.dropped_blocks += kept.dropped
-
-    def _undo_recall(self, request_id: str, index: int) -> bool:
-        """Take back a recall that no worker has been told of; whether there was one.
-
-        Scheduling ahead, two eviction points of a request may be settled in one step.
-        """
-        if index not in self._recalls.get(request_id, ()):
-            return False
-        assert self.host is not None
-        del self._recalls[request_id][index]
-        self.host.undo_recall(Owner(self.kv_cache_group_id, request_id), index)
-        return True
-
-    def _recall(self, request_id: str, block_indices: BlockIndices) -> None:
-        """Give blocks that come back a place on the device; the next step copies them there."""
-        assert self.host is not None
-        stats = self.stats_by_policy[self.policy_of(request_id).name]
-        owner = Owner(self.kv_cache_group_id, request_id)
-        table = self.req_to_blocks[request_id]
-        recalls = self._recalls.setdefault(request_id, {})
-        new_blocks = self.block_pool.get_new_blocks(len(block_indices))
-        for i, block in zip(block_indices, new_blocks, strict=True):
-            table[i] = block
-            recalls[i] = block.block_id
-            self.host.recall(owner, i, block.block_id)
-        stats.recalled_blocks += len(block_indices)
-        stats.recovered_blocks -= len(block_indices)

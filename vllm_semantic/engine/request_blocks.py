@@ -42,12 +42,6 @@ class RequestBlocks:
     num_fallbacks: int = 0
     """Eviction points at which the policy failed and the oldest blocks went."""
 
-    last_point: int = 0
-    """Tokens computed at the last eviction point, or when the end of a prompt was read again."""
-
-    prompt_read: int = 0
-    """The end of the prompt whose last tokens have been read again, or need not be."""
-
     @property
     def num_evicted(self) -> int:
         return self.num_seen - len(self.kept)

@@ -33,6 +33,10 @@ class ReservedMemory(NamedTuple):
     scoring: int
     """What scoring a step takes at most for as long as it runs."""
 
+    reading: int
+    """Where the blocks of one layer and one request lie together, see
+    :class:`~.host_reads.Staging`; 0 without host memory."""
+
     @property
     def total(self) -> int:
         return sum(self)
@@ -40,7 +44,8 @@ class ReservedMemory(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.total / GIB:.2f} GiB (kept queries {self.queries / GIB:.2f}, block tables "
-            f"{self.tables / GIB:.2f}, scoring {self.scoring / GIB:.2f})"
+            f"{self.tables / GIB:.2f}, scoring {self.scoring / GIB:.2f}"
+            f"{f', reading host memory {self.reading / GIB:.2f}' if self.reading else ''})"
         )
 
 
@@ -63,14 +68,14 @@ def reserved_memory(
     under_policy = {name: spec for name, spec in specs.items() if isinstance(spec, SemanticSpec)}
     spec = next(iter(under_policy.values()), None)
     if spec is None or not spec.served.bounded:
-        return ReservedMemory(0, 0, 0)
+        return ReservedMemory(0, 0, 0, 0)
     groups = {spec.layer_group: spec for spec in under_policy.values()}
     max_num_reqs = vllm_config.scheduler_config.max_num_seqs
     # Entries of int32, and once more as the int64 columns that a step looks up.
     held_blocks = sum(spec.max_held_blocks(vllm_config) for spec in groups.values())
     tables = max_num_reqs * held_blocks * (4 + 8)
     if not spec.served.rules:
-        return ReservedMemory(0, tables, 0)
+        return ReservedMemory(0, tables, 0, 0)
     scored = [layers[name] for name in under_policy]
     windows = QueryWindows(spec.served.num_queries, max_num_reqs)
     elements = windows.num_rows * sum(layer.num_heads * layer.head_size for layer in scored)
@@ -85,9 +90,10 @@ def reserved_memory(
         num_blocks = min(num_blocks, max_num_reqs * (budget_blocks + 1) + shared_blocks)
     num_heads = max(layer.num_heads for layer in scored)
     shape = AttentionShape(num_heads, spec.num_kv_heads, spec.head_size, spec.block_size)
-    num_recallable = 0
+    num_recallable = reading = 0
     if spec.host_slots:
         num_recallable = cdiv(vllm_config.model_config.max_model_len, spec.block_size)
+        reading = num_recallable * max(spec.page_size_bytes for spec in under_policy.values())
         num_recallable = min(num_recallable, spec.host_slots)
     scoring = max(
         scratch_bytes(policy, len(scored) // len(groups), num_blocks, shape, device, num_recallable)
@@ -95,4 +101,5 @@ def reserved_memory(
     )
     if spec.host_slots and device.type == "cuda":
         scoring += 2 * MAX_STAGED  # one block or many on their way out, and back
-    return ReservedMemory(elements * vllm_config.model_config.dtype.itemsize, tables, scoring)
+    queries = elements * vllm_config.model_config.dtype.itemsize
+    return ReservedMemory(queries, tables, scoring, reading)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as GPUModelRunnerV1
@@ -23,8 +24,8 @@ class RunnerAccess(ABC):
         """The requests of the batch whose metadata is being built, row by row."""
 
     @abstractmethod
-    def rewind(self, num_tokens: Mapping[str, int]) -> None:
-        """Have running requests compute again what follows so many first tokens of each."""
+    def without_graphs(self) -> AbstractContextManager[None]:
+        """For a step whose attention does what no CUDA graph has captured."""
 
     @abstractmethod
     def copy_stream(self) -> torch.cuda.Stream | None:
@@ -42,8 +43,15 @@ class RunnerV1(RunnerAccess):
     def batch_order(self, common: CommonAttentionMetadata) -> Sequence[str]:
         return self._runner.input_batch.req_ids
 
-    def rewind(self, num_tokens: Mapping[str, int]) -> None:
-        """Nothing: the runner takes the numbers from the scheduler in each step."""
+    @contextmanager
+    def without_graphs(self) -> Iterator[None]:
+        dispatcher = self._runner.cudagraph_dispatcher
+        dispatch = dispatcher.dispatch
+        none = {"valid_modes": {CUDAGraphMode.NONE}, "invalid_modes": None}
+        with replaced(
+            dispatcher, "dispatch", lambda *args, **kwargs: dispatch(*args, **kwargs | none)
+        ):
+            yield
 
     def copy_stream(self) -> torch.cuda.Stream | None:
         return self._runner.async_output_copy_stream
@@ -61,35 +69,27 @@ class RunnerV2(RunnerAccess):
         slots = self._runner.req_states.index_to_req_id
         return [slots[slot] for slot in common.req_idx]  # type: ignore[union-attr]
 
-    def rewind(self, num_tokens: Mapping[str, int]) -> None:
-        """The device counts for itself; on the host the runner takes the scheduler's numbers.
-
-        Not by vLLM's staged writes: their buffers are there for one write in each step.
-        """
-        states = self._runner.req_states
-        counts, slots = states.num_computed_tokens.gpu, map(states.req_id_to_index.get, num_tokens)
-        counts.index_copy_(
-            0,
-            async_tensor_h2d(list(slots), counts.device, torch.int64),
-            async_tensor_h2d(list(num_tokens.values()), counts.device, counts.dtype),
-        )
-        for request_id, left in num_tokens.items():
-            self._forget_prompt_logprobs(request_id, left)
-
-    def _forget_prompt_logprobs(self, request_id: str, num_tokens: int) -> None:
-        """What comes is put behind what there is: drop those of the tokens that are read again."""
-        worker = self._runner.prompt_logprobs_worker
-        parts = worker.in_progress_prompt_logprobs.get(request_id) if worker else None
-        for i, part in enumerate(parts or ()):
-            parts[i] = part._replace(
-                logprob_token_ids=part.logprob_token_ids[:num_tokens],
-                logprobs=part.logprobs[:num_tokens],
-                selected_token_ranks=part.selected_token_ranks[:num_tokens],
-            )
-            num_tokens -= len(parts[i].logprobs)
+    @contextmanager
+    def without_graphs(self) -> Iterator[None]:
+        with replaced(self._runner.cudagraph_manager, "_graphs_captured", False):
+            yield
 
     def copy_stream(self) -> torch.cuda.Stream | None:
         return self._runner.output_copy_stream
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of an object with another value, for a while."""
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 def access(runner: Any) -> RunnerAccess:

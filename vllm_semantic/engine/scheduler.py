@@ -26,6 +26,7 @@ from ..served import REQUEST_KEY
 from .host_pool import HostPool
 from .kv_cache_manager import SemanticKVCacheManager
 from .manager import SemanticManager
+from .recalls import Recalls
 from .refusal import end_with_error
 from .spec import SemanticSpec
 from .stats import attach_changes
@@ -72,7 +73,8 @@ class KVPolicyMixin(Scheduler):
         for manager in self.kv_policy_managers.values():
             manager.requests = self.requests
             manager.is_first = manager is self._points_manager
-            manager.host = self.host_pool
+            if self.host_pool is not None:
+                manager.recalls = Recalls(self.host_pool, manager.kv_cache_group_id)
         self._log_policy(spec)
 
     def add_request(self, request: Request) -> None:
@@ -90,23 +92,18 @@ class KVPolicyMixin(Scheduler):
         """Schedule a step; tell the workers what was evicted and what to score."""
         for manager in self.kv_policy_managers.values():
             manager.num_steps += 1
-        points = self._points_manager
-        if points.questions:
-            self._answer_questions()
         output = super().schedule(*args, **kwargs)
         step = KVPolicyStep()
         for group_id, manager in self.kv_policy_managers.items():
             if evictions := manager.take_evictions():
                 step.evictions[group_id] = evictions
-            if recalls := manager.take_recalls():
+            if manager.recalls is not None and (recalls := manager.recalls.take()):
                 step.recalls[group_id] = recalls
         if self.host_pool is not None:
             step.copies = self.host_pool.take_copies()
-        for request_id in points.rewinds.keys() & output.num_scheduled_tokens.keys():
-            step.rewinds[request_id] = points.rewinds.pop(request_id)
         if self.served_policies.rules:
             self._ask_for_scores(step, output)
-        if step.evictions or step.keeps_queries or step.copies or step.recalls or step.rewinds:
+        if step.evictions or step.keeps_queries or step.copies or step.recalls:
             attach_step(output, step)
         pool = self.kv_cache_manager.block_pool
         held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
@@ -179,7 +176,8 @@ class KVPolicyMixin(Scheduler):
             stats.scoring_microseconds += round(1e6 * seconds * part)
 
     def _ask_for_scores(self, step: KVPolicyStep, output: SchedulerOutput) -> None:
-        """What the workers have to score after the step, and whose queries they have to keep."""
+        """What the workers have to score after the step, whose queries they have to keep, and who
+        sees host memory."""
         points = self._points_manager
         for request_id, num_new in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
@@ -194,8 +192,9 @@ class KVPolicyMixin(Scheduler):
                 if asked is None:  # in no group, then
                     break
                 step.score_requests.setdefault(group_id, {})[request_id] = asked
-            if points.question_point(request, end - 1) == end:
-                points.questions[request_id] = end
+            for group_id, manager in self.kv_policy_managers.items():
+                if slots := manager.reads(request, end - num_new):
+                    step.reads.setdefault(group_id, {})[request_id] = slots
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
         """Let a session's prompt grow: what was eviction points stays, what comes is found anew."""
@@ -236,8 +235,6 @@ class KVPolicyMixin(Scheduler):
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         """End a chunk at the request's next eviction point; vLLM's last word on its size."""
-        if request.request_id in self._points_manager.questions:
-            return 0  # its turn comes once the scores are there
         if num_new_tokens <= 1:  # nothing to shorten; vLLM reserves for drafts only
             return max(num_new_tokens, 0)
         num_new_tokens = super()._reserve_prefill_lookahead(
@@ -265,41 +262,6 @@ class KVPolicyMixin(Scheduler):
             blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
             boundary = num_tokens + num_uncached if num_uncached else 0
         return blocks, num_tokens, boundary, diverged
-
-    def _answer_questions(self) -> None:
-        """Choose what the ends of prompts are read with, and have them read again.
-
-        The tokens that ask have been computed without what they ask for, so that nothing of it
-        is in them: recalled blocks that only the last token saw would help it little.
-        """
-        points, managers = self._points_manager, self.kv_policy_managers.values()
-        for request_id, point in list(points.questions.items()):
-            request = self.requests[request_id]
-            if request.num_in_flight_tokens:
-                continue
-            del points.questions[request_id]
-            recalled, firsts = zip(*(m.answer(request, point) for m in managers), strict=True)
-            first = self._first_with_windows(request_id, max(firsts), point)
-            if sum(recalled) and first < point:
-                request.num_computed_tokens = points.rewinds[request_id] = first
-                self._forget_progress(request)
-
-    def _first_with_windows(self, request_id: str, first: int, point: int) -> int:
-        """The first token from ``first`` on, up to ``point``, whose window every layer still has.
-
-        Layers with a window of their own give its blocks back as vLLM's managers have it.
-        """
-        for group_id, manager in enumerate(self.kv_cache_manager.coordinator.single_type_managers):
-            if group_id in self.kv_policy_managers:
-                continue
-            table = manager.req_to_blocks[request_id]
-            num_gone = next((i for i, block in enumerate(table) if not block.is_null), len(table))
-            while (
-                first < point
-                and manager.get_num_skipped_tokens(first) < num_gone * manager.block_size
-            ):
-                first += 1
-        return first
 
     def _forget_progress(self, request: Request) -> None:
         """What is remembered of a request up to its next point no longer holds."""

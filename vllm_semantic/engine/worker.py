@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -17,6 +18,7 @@ from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.gpu_sync_debug import with_gpu_sync_check
+from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
@@ -35,6 +37,7 @@ from .backend import CapturingImpl, CompactingBuilder, StepBuffers
 from .cached_kv import CachedKV, Packing, stack_layers
 from .held_blocks import HeldBlocks, HeldRows
 from .host_blocks import HostBlocks
+from .host_reads import Staging
 from .layers import check_layers
 from .pool import explain_shortage
 from .query_windows import QueryWindows
@@ -117,6 +120,7 @@ class KVPolicyWorkerMixin(Worker):
         super().initialize_from_config(kv_cache_config)
         self._builders: list[CompactingBuilder] = []
         self._held: dict[int, HeldBlocks] = {}
+        self._scored_layers: dict[int, list[Attention]] = {}
         self._scores: PendingScores | None = None
         self._end_step()
         self._windows = QueryWindows(
@@ -165,11 +169,11 @@ class KVPolicyWorkerMixin(Worker):
             assert self._host is not None
             self._host.copy(step.copies)
         self._apply_evictions(step)
-        if step.rewinds:
-            self.runner_access.rewind(step.rewinds)
-        self._begin_step(step.keeps_queries)
+        self._begin_step(step)
+        graphs = self.runner_access.without_graphs() if step.reads else nullcontext()
         try:
-            output = super().execute_model(scheduler_output)
+            with graphs:
+                output = super().execute_model(scheduler_output)
         finally:
             self._end_step()
         if step.score_requests:
@@ -225,12 +229,12 @@ class KVPolicyWorkerMixin(Worker):
             for request_id, places in recalls.items():
                 self._held[group_id].recall(request_id, places)
 
-    def _begin_step(self, keeps_queries: set[str]) -> None:
-        self._in_step, self._keeps_queries = True, keeps_queries
+    def _begin_step(self, step: KVPolicyStep) -> None:
+        self._in_step, self._keeps_queries, self._reads = True, step.keeps_queries, step.reads
 
     def _end_step(self) -> None:
         """Until the next step, batches are dummies: no request of theirs has lost blocks."""
-        self._in_step, self._keeps_queries = False, set()
+        self._in_step, self._keeps_queries, self._reads = False, set(), {}
 
     def _query_rows(self, common: CommonAttentionMetadata) -> np.ndarray | None:
         """Where the queries of a batch go, see :data:`~.backend.QueryRows`."""
@@ -252,6 +256,16 @@ class KVPolicyWorkerMixin(Worker):
         return held.rows(
             self.runner_access.batch_order(common), common.seq_lens_cpu_upper_bound.numpy()
         )
+
+    def _host_reads(
+        self, group_id: int, common: CommonAttentionMetadata
+    ) -> dict[int, Mapping[int, int]]:
+        """Which rows of the batch see host memory, see :data:`~.backend.ReadsOf`."""
+        if group_id not in self._reads:
+            return {}
+        reads = self._reads[group_id]
+        order = enumerate(self.runner_access.batch_order(common))
+        return {row: reads[request_id] for row, request_id in order if request_id in reads}
 
     def _over_ranks(self, scores: torch.Tensor, highest: Sequence[bool]) -> torch.Tensor:
         """Every rank holds some of the KV heads, an equal number each: see ``OverRanks``."""
@@ -292,12 +306,15 @@ class KVPolicyWorkerMixin(Worker):
                     builder.buffers = self._step_buffers(max_num_blocks)
                     builder.held_rows = partial(self._held_rows, held)
                     builder.query_rows = self._query_rows
+                    builder.reads = partial(self._host_reads, group_id)
+                    builder.kernel_blocks = kernel_blocks
                     self._builders.append(builder)
             if self.served_policies.rules:
                 for _, alike in groupby(
                     layers, key=lambda layer: (layer.num_heads, layer.impl.scale)
                 ):
-                    scored += self._connect_layers(list(alike), kernel_blocks)
+                    scored += self._connect_layers(of_shape := list(alike), kernel_blocks)
+                    self._scored_layers.setdefault(group_id, []).extend(of_shape)
         return scored
 
     def _host_blocks(
@@ -314,11 +331,20 @@ class KVPolicyWorkerMixin(Worker):
             num_slots,
             self.model_runner.device,
         )
+        stagings: dict[torch.Size, Staging] = {}
         for group_id, layers in groups.items():
             caches = host.caches(group_id)
             scored[group_id] = [
                 replace(of, host=cache) for of, cache in zip(layers, caches, strict=True)
             ]
+            host_kvs = (host_kv for cache in caches for host_kv in cache.kv_cache)
+            for layer, host_kv in zip(self._scored_layers[group_id], host_kvs, strict=True):
+                block = layer.kv_cache.shape[1:]
+                if block not in stagings:
+                    num_blocks = cdiv(self.model_config.max_model_len, block[1])
+                    stagings[block] = Staging(host, layer.kv_cache, num_blocks)
+                assert isinstance(layer.impl, CapturingImpl)
+                layer.impl.host_kv, layer.impl.staging = host_kv, stagings[block]
         return host
 
     def _step_buffers(self, max_num_blocks: int) -> StepBuffers:

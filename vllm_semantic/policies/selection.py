@@ -75,24 +75,34 @@ def eviction_point_of_turns(
     return eviction_point_from(num_tokens, num_prompt_tokens, block_size, prefill_interval)
 
 
-def question_point_after(
-    num_tokens: int, num_prompt_tokens: int, turns: Sequence[EarlierTurn]
-) -> int | None:
-    """Where the last token of a prompt, or of a session's next turn, is all that is left of it.
+class Question(NamedTuple):
+    """The last tokens of a prompt, or of a session's next turn: they say what is asked for."""
+
+    start: int
+    """Tokens before its first."""
+
+    end: int
+    """Tokens once its last is computed."""
+
+
+def question_after(
+    num_tokens: int, num_prompt_tokens: int, turns: Sequence[EarlierTurn], most: int
+) -> Question | None:
+    """The question that is being read once ``num_tokens`` are computed, or the next one.
 
     Args:
-        num_tokens: computed tokens; the point lies behind them.
+        num_tokens: computed tokens; the question ends behind them.
         num_prompt_tokens: where the prompt ends now.
         turns: the turns before, in order.
+        most: tokens of a question; those of a turn before are none of it.
 
     Returns:
-        Computed tokens; ``None`` if nothing of any prompt is left before its last token. A turn of
-        one token has no such point.
+        ``None`` if every prompt has been read.
     """
     begun = 0
     for end, answered in (*turns, EarlierTurn(num_prompt_tokens, num_prompt_tokens)):
-        if end - 1 > max(num_tokens, begun):
-            return end - 1
+        if end > num_tokens:
+            return Question(max(begun, end - most), end)
         begun = answered
     return None
 
