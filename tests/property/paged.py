@@ -77,17 +77,12 @@ class ExpectedGroup:
     recalled: dict[int, list[int]] = field(default_factory=dict)
     """The same of those that came back."""
     scores: dict[int, float] = field(default_factory=dict)
-    seen: list[tuple[int, int, frozenset[int]]] = field(default_factory=list)
-    """Point by point, from which token on the request sees all but which blocks."""
+    seen: list[tuple[int, frozenset[int]]] = field(default_factory=list)
+    """From which token on the request sees all but which blocks."""
 
-    def gone_at(self, position: int, num_tokens: int) -> frozenset[int]:
-        """What the token at ``position`` could not see when it was computed last.
-
-        Args:
-            position: of the token.
-            num_tokens: the last point so far.
-        """
-        seen = [gone for n, first, gone in self.seen if n <= num_tokens and first <= position]
+    def gone_at(self, position: int) -> frozenset[int]:
+        """What the token at ``position`` cannot see of the blocks on the device."""
+        seen = [gone for first, gone in self.seen if first <= position]
         return seen[-1] if seen else frozenset()
 
     def choose(self, n: int, budget: BlockBudget, most_recalled: int, margin: float) -> None:
@@ -132,13 +127,10 @@ class ExpectedRequest:
     shifts: tuple[int, ...] = (0,)
     recalls: bool = False
     recall_blocks: int = 0
+    question_tokens: int = 0
+    """The most tokens at the end of a prompt that see all that there was."""
     num_tokens: int = 0
-    last_point: int = 0
     first_point: int | None = None
-    questions: list[int] = field(default_factory=list)
-    """Points before the last token of a prompt at which blocks were chosen for it."""
-    reread: list[tuple[int, int]] = field(default_factory=list)
-    """Of these, those after which tokens were read again, and the first of them."""
     turns: list[tuple[int, int]] = field(default_factory=list)
     """Of a session: where a prompt ended, and the answer to it."""
 
@@ -151,6 +143,15 @@ class ExpectedRequest:
             self.num_tokens += 1
             self._advance()
         return self.groups
+
+    def gone_at(self, position: int) -> frozenset[tuple[int, int]]:
+        """Groups and blocks that the token at ``position`` cannot see, host memory included."""
+        begun = 0
+        for prompt, answer in (*self.turns, (len(self.tokens.prompt), 0)):
+            if self.recalls and max(begun, prompt - self.question_tokens) <= position < prompt:
+                return frozenset()
+            begun = answer
+        return frozenset((of.group, block) for of in self.groups for block in of.gone_at(position))
 
     def _budget(self, shift: int) -> BlockBudget:
         return self.policy.budget(self.block_size).shifted(shift)
@@ -172,7 +173,7 @@ class ExpectedRequest:
         over_budget = is_point and fewest > least
         first = self.first_point
         is_question = (
-            self.recalls and n == num_prompt - 1 and first is not None and first + self.delay < n
+            self.recalls and n == num_prompt and first is not None and first + self.delay < n
         )
         if not over_budget and not is_question:
             return
@@ -187,20 +188,9 @@ class ExpectedRequest:
             }
             most, margin = (10**6, 0.0) if is_question else (self.recall_blocks, 0.1)
             of.choose(n, self._budget(of.shift), most if self.recalls else 0, margin)
-        reads_from = n + (0 if is_question else self.delay)
-        if is_question:
-            self.questions.append(n)
-            recent = self._budget(0).recent
-            assert first is not None
-            kept_from = (n // self.block_size - recent) * self.block_size
-            again = max(self.last_point, first + self.delay, kept_from)
-            if any(n in of.recalled for of in self.groups) and again < n:
-                self.reread.append((n, again))
-                reads_from = again
         for of in self.groups:
-            of.seen.append((n, reads_from, frozenset(of.away)))
+            of.seen.append((n + self.delay, frozenset(of.away)))
         self.first_point = self.first_point or n
-        self.last_point = n
 
 
 class Slot(NamedTuple):
@@ -208,7 +198,9 @@ class Slot(NamedTuple):
 
     prefix: int
     gone: frozenset[tuple[int, int]]
-    """Groups and blocks of its request that it could not see. Empty: exact."""
+    """Groups and blocks of its request that it could not see."""
+    exact: bool
+    """Whether none that came before it had lost anything either."""
     group: int = 0
     """Of the layers that it is a key of."""
 
@@ -250,12 +242,11 @@ class PagedWorker:
         self._copy(step)
         self._apply_evictions(step)
         spans = self._update_rows(output, requests)
-        for request_id, num_tokens in step.rewinds.items():
-            assert spans[request_id][0] == num_tokens
+        self._check_reads(step, requests)
         for group in self.groups:
             self._check_held(group, {r: end for r, (_, end, _) in spans.items()})
             for request_id, (start, end, _) in spans.items():
-                self._write(group, request_id, requests[request_id], start, end)
+                self._write(group, request_id, requests[request_id], start, end, step)
         for group in self.groups:
             for request_id, (_, end, _) in spans.items():
                 self._read(group, request_id, requests[request_id], end)
@@ -394,13 +385,39 @@ class PagedWorker:
             (group, block) for group in self.groups for block in self.gone[request_id][group]
         )
 
-    def _write(self, group: int, request_id: str, tokens: Tokens, start: int, end: int) -> None:
-        gone = self.gone_anywhere(request_id)
+    def _check_reads(self, step: KVPolicyStep, requests: dict[str, Tokens]) -> None:
+        """What is read in host memory is what the request has lost."""
+        for group, reads in step.reads.items():
+            for request_id, slots in reads.items():
+                assert slots
+                assert slots.keys() <= self.gone[request_id][group], "it is on the device"
+                for i, slot in slots.items():
+                    self._check_slot(group, requests[request_id], i, slot)
+
+    def _check_slot(self, group: int, tokens: Tokens, block: int, slot: int) -> None:
+        last = self.host[slot][self.block_size - 1]
+        prefix = tokens.prefix((block + 1) * self.block_size - 1)
+        assert (last.prefix, last.group) == (prefix, group)
+
+    def _write(
+        self,
+        group: int,
+        request_id: str,
+        tokens: Tokens,
+        start: int,
+        end: int,
+        step: KVPolicyStep,
+    ) -> None:
+        gone = lost = self.gone_anywhere(request_id)
+        for of_group, reads in step.reads.items():
+            gone -= {(of_group, i) for i in reads.get(request_id, ())}
         for position in range(start, end):
             block_id = self.rows[request_id][group][position // self.block_size]
             assert block_id != 0, f"{request_id}: token {position} has no block"
             slots = self.cache.setdefault(block_id, {})
-            slots[position % self.block_size] = Slot(tokens.prefix(position), gone, group)
+            slots[position % self.block_size] = Slot(
+                tokens.prefix(position), gone, not lost, group
+            )
 
     def _read(self, group: int, request_id: str, tokens: Tokens, end: int) -> None:
         row = self.rows[request_id][group]
@@ -426,11 +443,7 @@ class PagedWorker:
         self._check_window(request_id, end, asked.policy.num_queries)
         for i, slot in asked.recallable.items():
             assert row[i] == 0, "it is here, and would have to come back"
-            last = self.host[slot][self.block_size - 1]
-            assert (last.prefix, last.group) == (
-                tokens.prefix((i + 1) * self.block_size - 1),
-                group,
-            )
+            self._check_slot(group, tokens, i, slot)
         return [tokens.score(end, i, group) for i in asked.scored_indices]
 
     def slots_of(self, request_id: str, end: int) -> list[tuple[int, Slot]]:
@@ -468,7 +481,7 @@ class PrefixOfHash:
             num_cached += 1
             slots = cache[block.block_id]
             assert len(slots) == self.block_size
-            assert not any(slot.gone for slot in slots.values()), "an inexact block is shared"
+            assert all(slot.exact for slot in slots.values()), "an inexact block is shared"
             last = slots[self.block_size - 1]
             assert (last.prefix, last.group) == self.prefix_of[block.block_hash]
         return num_cached
@@ -523,6 +536,4 @@ def check_pool_whole(manager: Any) -> None:
     assert not manager.num_cached_block
     assert not manager._requests
     assert not manager._evictions
-    assert not manager._recalls
-    assert not manager.questions
-    assert not manager.rewinds
+    assert manager.recalls is None or not manager.recalls.take()

@@ -48,6 +48,7 @@ from .paged import (
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 96
 MAX_REQUESTS = 5
+QUESTION_TOKENS = 13
 
 TIGHT = [
     {"name": "streaming", "sink_tokens": 4, "recent_tokens": 8},
@@ -156,6 +157,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.managers = self.scheduler.kv_policy_managers
         for group, manager in self.managers.items():
             manager._evict_at = partial(self.record, group, manager._evict_at)
+            manager.question_tokens = QUESTION_TOKENS
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.stock = None
         if self.policies is AMPLE:
@@ -186,9 +188,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         blocks."""
         self.recalled: dict[str, list[dict[int, list[int]]]] = {}
         """The same of what came back."""
-        self.read_again: dict[str, int] = {}
-        """Of each request since it last started over, the point after which its newest tokens were
-        computed."""
 
     # -- what users do -----------------------------------------------------------------
 
@@ -231,6 +230,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             shifts,
             bool(self.num_slots) and policy.recalls,
             self.served.recall_blocks,
+            QUESTION_TOKENS,
         )
         params = SamplingParams(
             max_tokens=max_tokens,
@@ -262,7 +262,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start_over(self, request_id: str) -> None:
         self.evicted[request_id] = [{} for _ in self.groups]
         self.recalled[request_id] = [{} for _ in self.groups]
-        self.read_again[request_id] = 0
 
     def draw_tokens(self, data: st.DataObject, length: int) -> list[int]:
         seed = data.draw(st.integers(0, 50))
@@ -427,9 +426,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for group, of_group in (step.recalls if step else {}).items():
             for request_id, places in of_group.items():
                 assert len(places) <= len(evictions[group][request_id]), "more come than go"
-        for request_id in step.rewinds if step else ():
-            self.seen["read again"] += 1
-            self.read_again[request_id] = self.managers[0]._requests[request_id].last_point
+        self.seen["reads"] += sum(map(len, step.reads.values())) if step else 0
         for request_id in resumed | (output.preempted_req_ids or set()):
             self.start_over(request_id)
         self.seen["steps"] += 1
@@ -444,29 +441,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.seen["hits"] += sum(new.num_computed_tokens > 0 for new in output.scheduled_new_reqs)
 
-    def record(self, group: int, evict_at: Any, *args: Any, **kwargs: Any) -> Any:
+    def record(self, group: int, evict_at: Any, request_id: str, state: Any, at: int) -> None:
         """Note what is evicted at a point and what comes back, and that it is allowed to."""
-        request_id, state, at, *_ = args
         request = self.requests[request_id]
-        if not kwargs:
-            in_flight = request.num_computed_tokens - request.num_in_flight_tokens
-            assert at <= in_flight, "a step in flight reads these blocks"
+        in_flight = request.num_computed_tokens - request.num_in_flight_tokens
+        assert at <= in_flight, "a step in flight reads these blocks"
         before = state.kept_at(at // BLOCK_SIZE)
-        recalled = evict_at(*args, **kwargs)
+        evict_at(request_id, state, at)
         after = set(state.kept)
         evicted = [i for i in before if i not in after]
         budget = self.served.budget(self.expected[request_id].policy, BLOCK_SIZE, group)
         protected = before[: budget.sink] + before[len(before) - budget.recent :]
         assert not set(evicted) & set(protected)
-        assert recalled == sorted(after - set(before))
+        recalled = sorted(after - set(before))
         if evicted:
             self.evicted[request_id][group][at] = evicted
             self.seen["evictions"] += 1
         if recalled:
             self.recalled[request_id][group][at] = recalled
             self.seen["recalls"] += 1
-            self.seen["recalls of an answer"] += not kwargs
-        return recalled
+            self.seen["recalls of an answer"] += at > request.num_prompt_tokens
 
     def start_of(self, request_id: str, output: Any) -> int:
         """The first token of a request's chunk; vLLM has already advanced the count."""
@@ -519,7 +513,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if most is not None:
                     assert held <= most
                 if not self.forgets:
-                    settled = max(start - delay, self.question_of(request_id))
+                    settled = start - delay
                     due = expected.until(settled)[group]
                     for happened, of in (
                         (self.evicted, due.evicted),
@@ -530,17 +524,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             if self.forgets:
                 continue  # what can come back depends on the others
             # Nor does it matter how the prompt was cut into chunks, or when scores came.
-            last_point = max(start, self.question_of(request_id))
-            groups = expected.until(last_point)
+            expected.until(start)
             for position, slot in self.worker.slots_of(request_id, end):
-                assert slot.gone == {
-                    (of.group, block) for of in groups for block in of.gone_at(position, last_point)
-                }
-
-    def question_of(self, request_id: str) -> int:
-        """The last point at which blocks were chosen for the end of a prompt; 0 for none."""
-        states = [manager._requests.get(request_id) for manager in self.managers.values()]
-        return max((state.prompt_read - 1 for state in states if state), default=0)
+                assert slot.gone == expected.gone_at(position)
 
     def check_like_stock(self, output: Any, stock: Any) -> None:
         """With an ample budget, every decision is the one of vLLM without a policy."""
@@ -571,7 +557,7 @@ def test_schedulers(asynchronous: bool, policies: list[dict[str, Any]], llama: s
         common |= {"evictions": 2000, "policies of their own": 100, "groups that differ": 100}
         common["one group alone"] = 20
         common["turns after an eviction"] = 20
-        common |= {"recalls": 200, "recalls of an answer": 50, "read again": 100}
+        common |= {"recalls": 200, "recalls of an answer": 50, "reads": 200}
         common["host memory full"] = 100
         if asynchronous:
             common["stale scores"] = 20

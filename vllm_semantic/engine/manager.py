@@ -96,6 +96,7 @@ class SemanticManager(FullAttentionManager):
         self.recalls: Recalls | None = None
         """The group's evicted blocks; ``None``: they are lost. Written by the scheduler."""
         self.recall_blocks = kv_cache_spec.recall_blocks
+        self.question_tokens = QUESTION_TOKENS
         self.num_steps = 0
         """Scheduler steps so far, this one included. Written by the scheduler."""
         self.quiet_until: dict[str, float] = {}
@@ -217,7 +218,7 @@ class SemanticManager(FullAttentionManager):
         if not self._may_recall(policy_of(request, self.default_policy)):
             return None
         num_prompt, turns = request.num_prompt_tokens, earlier_turns_of(request)
-        found = question_after(num_computed, num_prompt, turns, QUESTION_TOKENS)
+        found = question_after(num_computed, num_prompt, turns, self.question_tokens)
         if found is None:
             return None
         num_exact = self.num_exact_tokens(request.request_id)
