@@ -221,8 +221,6 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
     speculative, transfer = vllm_config.speculative_config, vllm_config.kv_transfer_config
     backend = vllm_config.attention_config.backend
     backends = ", ".join(WRAPPED_BACKENDS)
-    served = ServedPolicies.from_config(vllm_config.additional_config[CONFIG_KEY])
-    recall_gib = served.recall_gib
     checks = {
         f"--pipeline-parallel-size {parallel.pipeline_parallel_size} (allowed: 1)": (
             parallel.pipeline_parallel_size > 1
@@ -243,14 +241,6 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
         "--kv-sharing-fast-prefill (allowed: without)": cache.kv_sharing_fast_prefill,
         "--enable-prefix-caching of a model with Mamba layers (allowed: "
         "--no-enable-prefix-caching)": cache.mamba_cache_mode != "none",
-        f"{CONFIG_FLAG}.{RECALL_GIB} {recall_gib:g} of a model with Mamba layers, whose state "
-        "cannot be set back to read the end of a prompt again (allowed: 0)": (
-            recall_gib > 0 and model.has_inner_state
-        ),
-        f"{CONFIG_FLAG}.{RECALL_GIB} {recall_gib:g} with --enable-return-routed-experts, which "
-        "takes no token twice (allowed: 0)": (
-            recall_gib > 0 and vllm_config.aux_output_config.enabled
-        ),
         f"--attention-backend {backend and backend.name} (allowed: {backends})": (
             backend is not None and backend.name not in WRAPPED_BACKENDS
         ),

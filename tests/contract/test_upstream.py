@@ -33,6 +33,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SingleTypeKVCacheManager,
     get_manager_for_kv_cache_spec,
 )
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
@@ -44,14 +45,14 @@ from vllm.v1.metrics.loggers import (
     StatLoggerManager,
 )
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
@@ -305,13 +306,8 @@ def test_runner_v2_has_what_the_worker_reads() -> None:
     assert "self.index_to_req_id" in state
     assert "req_ids" in {field.name for field in dataclasses.fields(InputBatch)}
     assert "req_idx=input_batch.idx_mapping_np" in inspect.getsource(DefaultModelState)
-    assert "self.num_computed_tokens = StagedWriteTensor(" in state, "with the device's as gpu"
-    update = inspect.getsource(GPUModelRunnerV2.update_requests)
-    assert "num_computed_tokens_np[req_index] = num_computed_tokens" in update, (
-        "on the host it takes the scheduler's number in each step"
-    )
-    assert "self.in_progress_prompt_logprobs: dict" in inspect.getsource(PromptLogprobsWorker)
-    assert {"logprob_token_ids", "logprobs", "selected_token_ranks"} <= set(LogprobsTensors._fields)
+    dispatch = inspect.getsource(CudaGraphManager.dispatch)
+    assert "if self._graphs_captured and" in dispatch, "else it runs without graphs"
     finish = inspect.getsource(GPUModelRunnerV2.finish_requests)
     assert "scheduler_output.preempted_req_ids" in finish
 
@@ -327,6 +323,10 @@ def test_runner_has_what_the_worker_reads() -> None:
     source = inspect.getsource(GPUModelRunner)
     for expression in ("self.input_batch", "self.attn_groups"):
         assert expression in source
+    assert "valid_modes={CUDAGraphMode.NONE} if force_eager" in source, "by name, to run without"
+    assert {"valid_modes", "invalid_modes"} <= {
+        *inspect.signature(CudagraphDispatcher.dispatch).parameters
+    }
     update = inspect.getsource(GPUModelRunner._update_states)
     assert "self.input_batch.num_computed_tokens_cpu[req_index] = num_computed_tokens" in update, (
         "it takes the scheduler's number in each step, also a smaller one"

@@ -108,11 +108,13 @@ def test_engine_agrees_with_oracle(
 
 @pytest.mark.parametrize("architecture", ["gpt_oss", "granite_hybrid"])
 def test_hybrid_models_agree_with_oracle(architecture: str, request: pytest.FixtureRequest) -> None:
-    """Learned sinks beside the keys, Mamba states beside the blocks."""
+    """Learned sinks beside the keys, Mamba states beside the blocks; with what comes back too."""
     model = request.getfixturevalue(architecture)
-    with start(model, "semantic") as llm:
-        assert_only_full_attention(llm, OTHER_LAYERS[architecture])
-        assert_agree(generate(llm, model, "semantic", random_prompts([700, 330]), 100))
+    for policy in ("semantic", next(iter(RECALL))):
+        with start(model, policy) as llm:
+            assert_only_full_attention(llm, OTHER_LAYERS[architecture])
+            assert_agree(generate(llm, model, policy, random_prompts([700, 330]), 100))
+            assert bool(llm.trace.recalls) == (policy in RECALL)
 
 
 @pytest.mark.parametrize("rule", RULES)

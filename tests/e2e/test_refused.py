@@ -118,11 +118,6 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
         ["--enable-prefix-caching"],
         r"Mamba layers \(allowed: --no-enable-prefix-caching\)",
     ),
-    "Mamba with recall": (
-        "granite_hybrid",
-        ["--kv-policy-config.recall_gib", "1"],
-        r"--kv-policy-config.recall_gib 1 of a model with Mamba layers, .* \(allowed: 0\)",
-    ),
     "attention backend": (
         "llama",
         ["--attention-backend", "FLEX_ATTENTION"],
@@ -184,7 +179,7 @@ def test_images_that_are_turned_off_see_nothing(
 
 def test_every_refusal_is_tested() -> None:
     everything: Any = SimpleNamespace(
-        additional_config={"kv_policy": {"name": "semantic", "recall_gib": 1}},
+        additional_config={"kv_policy": {"name": "semantic"}},
         model_config=SimpleNamespace(
             runner_type="pooling",
             quantization="bitsandbytes",
@@ -193,7 +188,6 @@ def test_every_refusal_is_tested() -> None:
             is_encoder_decoder=True,
             is_mm_prefix_lm=True,
             uses_alibi=True,
-            has_inner_state=True,
         ),
         cache_config=SimpleNamespace(
             cache_dtype="fp8", kv_sharing_fast_prefill=True, mamba_cache_mode="align"

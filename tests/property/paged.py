@@ -415,9 +415,7 @@ class PagedWorker:
             block_id = self.rows[request_id][group][position // self.block_size]
             assert block_id != 0, f"{request_id}: token {position} has no block"
             slots = self.cache.setdefault(block_id, {})
-            slots[position % self.block_size] = Slot(
-                tokens.prefix(position), gone, not lost, group
-            )
+            slots[position % self.block_size] = Slot(tokens.prefix(position), gone, not lost, group)
 
     def _read(self, group: int, request_id: str, tokens: Tokens, end: int) -> None:
         row = self.rows[request_id][group]

@@ -15,7 +15,7 @@ from vllm_semantic.policies.selection import (
     blocks_to_swap,
     eviction_point_from,
     is_eviction_point,
-    question_point_after,
+    question_after,
 )
 
 repeatable = settings(deadline=None, derandomize=True)
@@ -104,12 +104,12 @@ def test_eviction_points(num_prompt_tokens: int, block_size: int, prefill_interv
         assert eviction_point_from(n, *request) == min(p for p in points if p >= n)
 
 
-def test_the_last_token_of_each_turn_is_asked_for() -> None:
-    turns = [EarlierTurn(10, 17), EarlierTurn(18, 26), EarlierTurn(30, 38)]
-    found = [question_point_after(n, 50, turns) for n in range(52)]
-    # Up to 10; a turn of one token has no other to ask with; up to 30; up to 50.
-    assert found == [9] * 9 + [29] * 20 + [49] * 20 + [None] * 3
-    assert question_point_after(0, 1, []) is None
+def test_the_last_tokens_of_each_turn_ask() -> None:
+    turns = [EarlierTurn(10, 17), EarlierTurn(18, 26)]
+    found = [question_after(n, 50, turns, 8) for n in range(52)]
+    # The last eight of a prompt; a turn of one token has no other to ask with.
+    assert found == [(2, 10)] * 10 + [(17, 18)] * 8 + [(42, 50)] * 32 + [None] * 2
+    assert question_after(0, 1, [], 8) == (0, 1)
 
 
 def test_the_worst_makes_way_for_the_best_that_is_away() -> None:
