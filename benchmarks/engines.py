@@ -404,7 +404,13 @@ class EngineSide:
     def stats(self) -> dict[str, Any]:
         """What the policy did so far, and the memory of the weights in bytes."""
         managers = getattr(self.scheduler, "kv_policy_managers", {}).values()
-        counted = ("evicted_blocks", "copied_blocks", "recalled_blocks", "dropped_blocks")
+        counted = (
+            "evicted_blocks",
+            "copied_blocks",
+            "read_blocks",
+            "recalled_blocks",
+            "dropped_blocks",
+        )
         return {
             **{name: sum(getattr(m.stats, name) for m in managers) for name in counted},
             "peak_kv_blocks": getattr(self.scheduler, "peak_kv_blocks", None),

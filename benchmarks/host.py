@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -242,10 +241,8 @@ class PolicyWorker(KVPolicyWorkerMixin, PlainWorker):
             group: HeldBlocks(max_num_reqs, max_num_blocks, spec.block_size, 1) for group in groups
         }
         self._builders = self.builders = [PolicyBuilder(of) for of in specs]
-        for builder, held in zip(self._builders, self._held.values(), strict=True):
-            builder.buffers = self._step_buffers(max_num_blocks)
-            builder.held_rows = partial(self._held_rows, held)
-            builder.query_rows = self._query_rows
+        for group_id, builder in zip(self._held, self._builders, strict=True):
+            self._connect_builder(builder, group_id, max_num_blocks)
 
     def batch_order(self, common: Any) -> list[str]:
         return self.batch

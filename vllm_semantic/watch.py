@@ -95,10 +95,11 @@ def lines(before: Sample, now: Sample, seconds: float) -> Iterator[str]:
         wanted = sum(rate(f"{PREFIX}wanted_blocks_total", policy) for policy in policies)
         recalled = sum(rate(f"{PREFIX}recalled_blocks_total", policy) for policy in policies)
         dropped = sum(value(f"{PREFIX}dropped_blocks_total", policy) for policy in policies)
+        read = sum(rate(f"{PREFIX}read_blocks_total", policy) for policy in policies)
         found = f"; {1 - recalled / wanted:.0%} of what was wanted was here" if wanted else ""
         yield (
-            f"host memory: {host_bytes / GIB:.2f} GiB of evicted blocks; {recalled:.1f} blocks/s "
-            f"come back{found}; {dropped:.0f} dropped since the start"
+            f"host memory: {host_bytes / GIB:.2f} GiB of evicted blocks; {read:.1f} blocks/s read "
+            f"there, {recalled:.1f} come back{found}; {dropped:.0f} dropped since the start"
         )
     yield ""
     yield (

@@ -139,7 +139,8 @@ def test_full_host_memory_costs_recall_and_no_more(llama: str) -> None:
         assert total(llm, "dropped_blocks") > 0
         assert all(len(tokens) == 100 for tokens, _, _ in first)
         metrics = {metric.name: metric for metric in llm.get_metrics()}
-        for name in ("copied_blocks", "recalled_blocks", "wanted_blocks", "dropped_blocks"):
+        counted = ("copied_blocks", "read_blocks", "recalled_blocks", "wanted_blocks")
+        for name in (*counted, "dropped_blocks"):
             assert metrics[f"vllm:kv_policy_{name}"].value == total(llm, name)
         assert total(llm, "wanted_blocks") >= total(llm, "recalled_blocks") > 0
         # Nothing has a hash without prefix caching: nothing outlives its request.

@@ -196,6 +196,7 @@ class SemanticManager(FullAttentionManager):
         recallable: Mapping[int, int] = {}
         if self.recall_blocks or self._ends_question(request, num_computed):
             recallable = self._away(request_id, policy, kept)
+            self.stats_by_policy[policy.name].read_blocks += len(recallable)
         return ScoreRequest(policy, num_computed, kept, block_ids, recallable)
 
     def record_scores(self, request_id: str, asked: ScoreRequest, scores: Sequence[float]) -> None:
@@ -228,7 +229,7 @@ class SemanticManager(FullAttentionManager):
         return found if num_exact < found.end else None
 
     def reads(self, request: Request, num_computed: int) -> Mapping[int, int]:
-        """What the tokens of a step see beside the blocks on the device.
+        """What the tokens of a step see beside the blocks on the device; it is counted.
 
         Args:
             request: a request of the step.
@@ -242,7 +243,10 @@ class SemanticManager(FullAttentionManager):
             return {}
         state = self._requests.get(request.request_id, RequestBlocks())
         kept = state.kept_at(num_computed // self.block_size)
-        return self._away(request.request_id, policy_of(request, self.default_policy), kept)
+        policy = policy_of(request, self.default_policy)
+        slots = self._away(request.request_id, policy, kept)
+        self.stats_by_policy[policy.name].read_blocks += len(slots)
+        return slots
 
     def take_evictions(self) -> dict[str, BlockIndices]:
         """Drain the evictions since the last call, for the workers."""

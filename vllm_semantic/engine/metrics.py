@@ -26,6 +26,10 @@ COUNTERS = {
         "counts again."
     ),
     "copied_blocks": "Evicted KV cache blocks that were copied to host memory.",
+    "read_blocks": (
+        "Evicted KV cache blocks that were read in host memory, by attention or for a score. With "
+        "those copied and recalled, and the bytes of a block, what went over the bus."
+    ),
     "recalled_blocks": "KV cache blocks that came back from host memory.",
     "wanted_blocks": (
         "KV cache blocks that were chosen by score where evicted ones could be, those that came "

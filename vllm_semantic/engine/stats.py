@@ -40,6 +40,9 @@ class EvictionStats:
     copied_blocks: int = 0
     """Evicted blocks that were copied to host memory."""
 
+    read_blocks: int = 0
+    """Blocks that were read where they are in host memory, by attention or for a score."""
+
     recalled_blocks: int = 0
     """Blocks that came back from host memory."""
 

@@ -295,19 +295,15 @@ class KVPolicyWorkerMixin(Worker):
             kernel_blocks = spec.block_size // next(iter(layers)).kv_cache.shape[2]
             max_num_blocks = spec.max_held_blocks(self.vllm_config) * kernel_blocks
             max_num_reqs = self.scheduler_config.max_num_seqs
-            held = self._held.setdefault(
-                group_id,
-                HeldBlocks(max_num_reqs, max_num_blocks, spec.block_size, kernel_blocks),
-            )
+            if group_id not in self._held:
+                self._held[group_id] = HeldBlocks(
+                    max_num_reqs, max_num_blocks, spec.block_size, kernel_blocks
+                )
             for builder in attn_group.metadata_builders:
                 if not isinstance(builder, CompactingBuilder):
                     raise RuntimeError(f"--kv-policy: {type(builder).__name__} is not wrapped")
                 if self.served_policies.bounded:
-                    builder.buffers = self._step_buffers(max_num_blocks)
-                    builder.held_rows = partial(self._held_rows, held)
-                    builder.query_rows = self._query_rows
-                    builder.reads = partial(self._host_reads, group_id)
-                    builder.kernel_blocks = kernel_blocks
+                    self._connect_builder(builder, group_id, max_num_blocks)
                     self._builders.append(builder)
             if self.served_policies.rules:
                 for _, alike in groupby(
@@ -316,6 +312,17 @@ class KVPolicyWorkerMixin(Worker):
                     scored += self._connect_layers(of_shape := list(alike), kernel_blocks)
                     self._scored_layers.setdefault(group_id, []).extend(of_shape)
         return scored
+
+    def _connect_builder(
+        self, builder: CompactingBuilder, group_id: int, max_num_blocks: int
+    ) -> None:
+        """Tell a metadata builder of a KV cache group where to look in each step."""
+        held = self._held[group_id]
+        builder.buffers = self._step_buffers(max_num_blocks)
+        builder.held_rows = partial(self._held_rows, held)
+        builder.query_rows = self._query_rows
+        builder.reads = partial(self._host_reads, group_id)
+        builder.kernel_blocks = held.kernel_blocks
 
     def _host_blocks(
         self, kv_cache_config: KVCacheConfig, scored: dict[int, list[ScoredLayers]]
