@@ -518,6 +518,7 @@ def check_host_pool(pool: HostPool, held: Mapping[Owner, set[int]]) -> None:
     for slot, kept in pool._kept.items():
         assert len(kept.owners) == owned[slot]
         assert kept.owners or kept.content is not None, "kept for nobody"
+        assert bool(kept.owners) != (slot in pool._idle)
     assert {kept.content: slot for slot, kept in pool._kept.items() if kept.content} == (
         pool._by_content
     )

@@ -48,6 +48,10 @@ class Life:
     rss_at_end: float = 0.0
     preemptions: int = 0
     evicted_blocks: int = 0
+    recalled_blocks: int = 0
+    dropped_blocks: int = 0
+    """Evicted blocks that requests could no longer have back."""
+    host_mib: float = 0.0
     generated_tokens: int = 0
     seconds_to_exit: float | None = None
     killed: bool = False
@@ -215,6 +219,9 @@ class Soak:
         life.rss_at_end = self.server.rss()
         life.preemptions = int(self.server.metric("vllm:num_preemptions_total"))
         life.evicted_blocks = int(self.server.metric("vllm:kv_policy_evicted_blocks_total"))
+        life.recalled_blocks = int(self.server.metric("vllm:kv_policy_recalled_blocks_total"))
+        life.dropped_blocks = int(self.server.metric("vllm:kv_policy_dropped_blocks_total"))
+        life.host_mib = self.server.metric("vllm:kv_policy_host_bytes") / 2**20
         life.generated_tokens = int(self.server.metric("vllm:generation_tokens_total"))
 
     def _restart(self) -> None:
@@ -243,6 +250,10 @@ def failures(result: dict[str, Any]) -> list[str]:
         "a policy failed": result["fallbacks_logged"],
         "SIGTERM did not end the engine": any(life["outlived_by"] for life in lives),
         "nothing was evicted": not all(life["evicted_blocks"] for life in lives),
+        "nothing came back": not all(life["recalled_blocks"] for life in lives),
+        "host memory lost what a request could recall": any(
+            life["dropped_blocks"] for life in lives
+        ),
         "nothing was preempted": not sum(life["preemptions"] for life in lives),
         "fewer restarts than planned": len(lives) <= result["plan"]["restarts"],
     }

@@ -50,6 +50,18 @@ def test_what_was_wanted_the_longest_time_ago_goes_first() -> None:
     assert pool.take_copies() == HostCopies([BlockCopy(1, 30, 1)], [])
 
 
+def test_what_nobody_has_goes_before_what_somebody_may_recall() -> None:
+    pool = HostPool(3)
+    pool.keep(A, 0, 10, None)
+    pool.keep(B, 1, 11, b"one")
+    pool.keep(B, 2, 12, b"two")
+    pool.forget(B)
+    pool.keep(A, 2, 13, b"two")  # it is somebody's again
+    assert pool.keep(A, 5, 14, None) == (1, 0)
+    assert sorted(pool.blocks_of(A)) == [0, 2, 5]
+    assert pool.keep(A, 6, 15, None) == (1, 1)
+
+
 def test_what_is_about_to_be_read_stays() -> None:
     pool = HostPool(2)
     pool.keep(A, 0, 10, None)

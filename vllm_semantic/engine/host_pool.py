@@ -36,8 +36,9 @@ class HostPool:
     """Slots of host memory for the evicted blocks of all requests, one block each.
 
     A block is full when it is evicted, so it never changes: one that is recalled keeps its slot,
-    and evicting it again copies nothing. Where the pool is full, the block that was wanted the
-    longest time ago goes, whoever's it is; its request can no longer recall it.
+    and evicting it again copies nothing. Where the pool is full, the blocks of requests that have
+    ended go first, those that ended first before others. Then the block that was wanted the longest
+    time ago goes, whoever's it is; its request can no longer recall it.
 
     Args:
         num_slots: blocks that fit.
@@ -48,6 +49,8 @@ class HostPool:
         self._free = list(range(num_slots - 1, -1, -1))
         self._kept: OrderedDict[int, _Kept] = OrderedDict()
         """By slot; what was wanted last comes last."""
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        """Slots that nobody has; what has been idle longest comes first."""
         self._slots: dict[Owner, dict[int, int]] = {}
         self._by_content: dict[Hashable, int] = {}
         self._out: dict[int, BlockCopy] = {}
@@ -89,6 +92,7 @@ class HostPool:
             self._out[slot] = BlockCopy(owner.group_id, block_id, slot)
             if content is not None:
                 self._by_content[content] = slot
+        self._idle.pop(slot, None)
         self._kept[slot].owners[owner] = index
         self._kept.move_to_end(slot)
         slots[index] = slot
@@ -128,8 +132,10 @@ class HostPool:
         for slot in self._slots.pop(owner, NOTHING).values():
             kept = self._kept[slot]
             del kept.owners[owner]
-            if not kept.owners and kept.content is None:
-                self._free_slot(slot)
+            if not kept.owners:
+                self._idle[slot] = None
+                if kept.content is None:
+                    self._free_slot(slot)
 
     def forget_contents(self) -> None:
         """No block to come is equal to one that is here: the model may have changed."""
@@ -140,7 +146,10 @@ class HostPool:
                 self._free_slot(slot)
 
     def _drop(self) -> int:
-        """Give up the block that was wanted the longest time ago; how many requests had it."""
+        """Give up one block; how many requests had it."""
+        if self._idle:
+            self._free_slot(next(iter(self._idle)))
+            return 0
         read = {slot for copies in self._back.values() for slot in copies}
         slot = next((slot for slot in self._kept if slot not in read), None)
         if slot is None:
@@ -153,6 +162,7 @@ class HostPool:
 
     def _free_slot(self, slot: int) -> None:
         kept = self._kept.pop(slot)
+        self._idle.pop(slot, None)
         if kept.content is not None:
             del self._by_content[kept.content]
         self._out.pop(slot, None)

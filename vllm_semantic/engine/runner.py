@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as GPUModelRunnerV1
 
@@ -64,10 +65,18 @@ class RunnerV2(RunnerAccess):
 
     def __init__(self, runner: GPUModelRunnerV2) -> None:
         self._runner = runner
+        self._order: Sequence[str] = ()
+        prepare_attn = runner.prepare_attn
+
+        def follow(input_batch: InputBatch) -> Any:
+            # Not every model's state passes the rows' requests on to the metadata.
+            self._order = input_batch.req_ids
+            return prepare_attn(input_batch)
+
+        runner.prepare_attn = follow
 
     def batch_order(self, common: CommonAttentionMetadata) -> Sequence[str]:
-        slots = self._runner.req_states.index_to_req_id
-        return [slots[slot] for slot in common.req_idx]  # type: ignore[union-attr]
+        return self._order
 
     @contextmanager
     def without_graphs(self) -> Iterator[None]:
