@@ -7,7 +7,6 @@ import dataclasses
 from pathlib import Path
 
 from . import (
-    capacity,
     demo,
     figures,
     gpu,
@@ -26,8 +25,8 @@ MODELS = "a folder, a name of a hub, or smollm2, which is fetched once; default:
 
 HELP = {
     "demo": "perplexity, speed, memory and answers under each policy; 5 minutes",
-    "figures": "throughput, decode step and host time against stock vLLM; 40 minutes",
-    "capacity": "requests and tokens a second on a given KV memory; 6 minutes",
+    "figures": "throughput, decode step, host time, and what a KV memory holds, against stock "
+    "vLLM; 45 minutes, a task alone 1 to 20",
     "overhead": "what the policy adds to a step on the host, without a model; 1 minute",
     "quality": "perplexity and recall under each policy, with intervals and plots; a row takes 1 "
     "minute on the bundled model, 15 on SmolLM2",
@@ -79,15 +78,14 @@ def main() -> None:
     task = tasks.add_parser("figures", help=HELP["figures"])
     task.add_argument("--model", type=_model, default=str(MODEL), help=MODELS)
     task.add_argument("--rounds", type=int, default=4)
-    task.add_argument("--out", type=Path, default=RESULTS / "figures.json")
-    task.add_argument("--only", action="append", help="measure this task alone; repeatable")
-
-    task = tasks.add_parser("capacity", help=HELP["capacity"])
-    task.add_argument("--model", type=_model, default=str(MODEL), help=MODELS)
-    task.add_argument("--contexts", type=_numbers, default=capacity.CONTEXTS)
-    task.add_argument("--rounds", type=int, default=3)
-    task.add_argument("--max-prompt-tokens", type=int, default=1 << 17)
-    task.add_argument("--out", type=Path, default=RESULTS / "capacity.json")
+    task.add_argument("--out", type=Path, help="default: results/figures.json; --quick: none")
+    task.add_argument(
+        "--only",
+        action="append",
+        choices=figures.TASKS,
+        help="measure this task alone and leave the others' results as they are; repeatable",
+    )
+    task.add_argument("--quick", action="store_true", help="tiny sizes: that it runs, no figures")
 
     task = tasks.add_parser("overhead", help=HELP["overhead"])
     task.add_argument("--model", type=_model, default=str(MODEL), help=MODELS)
@@ -173,9 +171,9 @@ def main() -> None:
             args.out,
         )
     elif args.task == "figures":
-        figures.run(args.model, args.rounds, args.out, args.only)
-    elif args.task == "capacity":
-        capacity.run(args.model, args.contexts, args.rounds, args.max_prompt_tokens, args.out)
+        sizes = figures.QUICK if args.quick else figures.Sizes()
+        out = args.out or (None if args.quick else RESULTS / "figures.json")
+        figures.run(args.model, args.rounds, out, args.only, sizes)
     elif args.task == "overhead":
         overhead.run(
             args.model, args.batches, args.contexts, args.rounds, args.layer_groups, args.out

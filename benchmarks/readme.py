@@ -51,7 +51,7 @@ def run() -> None:
         ],
         "docs/speed.md": [
             ("figures", "figures", _figures),
-            ("capacity", "capacity", _capacity),
+            ("capacity", "figures", _capacity),
             ("overhead", "overhead", _overhead),
         ],
         "docs/quality.md": [
@@ -189,15 +189,15 @@ def _capacity(report: dict[str, Any]) -> str:
     sides = ("stock", "streaming", "semantic")
     head = ["context", *(f"fit, {side}" for side in sides), *(f"tok/s, {side}" for side in sides)]
     rows = []
-    for num_tokens, row in report["rows"].items():
+    detail = report["details"]["capacity"]
+    for num_tokens, row in detail["rows"].items():
         speeds = (f"{row['tokens_per_second'][side]:.0f}" for side in sides)
         counts = (_count(row["fits"][side], row["served"][side]) for side in sides)
         rows.append([num_tokens, *counts, *speeds, f"{row['over_stock']['semantic']:.1f}"])
-    settings = report["context"]
     return _table([*head, "semantic over stock"], rows) + (
-        f"\n\n{settings['kv_bytes'] >> 20} MiB of KV cache, every request decoding at the end of "
+        f"\n\n{detail['kv_bytes'] >> 20} MiB of KV cache, every request decoding at the end of "
         f"its context; in brackets how many were, where reading the prompts of all would take too "
-        f"long; {_where(settings)}."
+        f"long; {detail['date'][:10]}."
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks import demo, quality, readme, turns
+from benchmarks import demo, figures, quality, readme, turns
 from benchmarks.context import MODEL
 from benchmarks.engines import engine
 from benchmarks.rows import policy_options
@@ -168,3 +168,17 @@ def test_every_policy_holds_as_much(policy: str, budget: int) -> None:
     made = make_policy(policy, policy_options(policy, budget))
     for block_size in (16, 32):
         assert made.budget(block_size).total == 1 + (budget - 8) // block_size
+
+
+@pytest.mark.cpu_build("a GPU has a command of its own")
+def test_every_figure_of_speed_is_measured(tmp_path: Path) -> None:
+    """At sizes that say nothing; each task asserts for itself that what it measures happened."""
+    out = tmp_path / "figures.json"
+    figures.run(str(MODEL), rounds=1, out=out, sizes=figures.QUICK)
+    report = json.loads(out.read_text())
+    assert report["details"].keys() == figures.TASKS.keys()
+    measured = {name: value for name, value in report.items() if isinstance(value, float)}
+    assert len(measured) >= len(figures.TASKS)
+    assert all(0 <= value < math.inf for value in measured.values()), measured
+    held = report["details"]["capacity"]["rows"]["1024"]["fits"]
+    assert held["semantic"] > held["stock"] > 0
