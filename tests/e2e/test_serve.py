@@ -76,17 +76,29 @@ def test_chat(server: Server) -> None:
     assert 0 < answer.usage.completion_tokens <= 16
 
 
-def test_the_example_client(server: Server, repo: Path) -> None:
-    """examples/client.py as written: with a policy of its own, streamed."""
+def run_example(name: str, server: Server, repo: Path) -> str:
+    """What an example prints, as written."""
     run = subprocess.run(
-        [sys.executable, str(repo / "examples" / "client.py")],
+        [sys.executable, str(repo / "examples" / name)],
         env=os.environ | {"PORT": str(server.port)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert len(run.stdout.strip()) > 50
+    return run.stdout
+
+
+def test_the_example_client(server: Server, repo: Path) -> None:
+    """With a policy of its own, streamed."""
+    assert len(run_example("client.py", server, repo).strip()) > 50
+
+
+def test_the_example_chat(server: Server, repo: Path) -> None:
+    """The third turn asks for what was said in the first, and evicted since."""
+    without, with_recall = run_example("chat.py", server, repo).strip().splitlines()
+    assert with_recall == "with recall: 67326"
+    assert without.startswith("without recall: ") != without.endswith("67326")
 
 
 def test_a_server_is_watched(
