@@ -27,6 +27,10 @@ CONFIG_FLAG = "--kv-policy-config"
 _all_options = reprlib.Repr()  # of a policy: more than its four entries
 _all_options.maxdict = 16
 
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
+"""What ``--kv-cache-dtype`` may be under a policy: an fp8 cache has one scale for the keys of a
+layer, and one for its values."""
+
 WRAPPED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "XFORMERS")
 """vLLM's attention backends, and one of our own, that read a table without evicted blocks."""
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .config import (
     CONFIG_FLAG,
+    KV_CACHE_DTYPES,
     POLICY_FLAG,
     WRAPPED_BACKENDS,
     check_block_size,
@@ -214,8 +215,6 @@ def check_vllm_version() -> None:
 
 def unsupported_features(vllm_config: VllmConfig) -> list[str]:
     """What of a configuration a policy cannot serve yet, in the words of vLLM's flags."""
-    from vllm.utils.torch_utils import is_quantized_kv_cache
-
     model, cache = vllm_config.model_config, vllm_config.cache_config
     parallel = vllm_config.parallel_config
     speculative, transfer = vllm_config.speculative_config, vllm_config.kv_transfer_config
@@ -235,8 +234,8 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
         f"--kv-transfer-config with {transfer and transfer.kv_connector} (allowed: none)": (
             transfer is not None
         ),
-        f"--kv-cache-dtype {cache.cache_dtype} (allowed: auto, bfloat16, float16)": (
-            is_quantized_kv_cache(cache.cache_dtype)
+        f"--kv-cache-dtype {cache.cache_dtype} (allowed: {', '.join(KV_CACHE_DTYPES)})": (
+            cache.cache_dtype not in KV_CACHE_DTYPES
         ),
         "--kv-sharing-fast-prefill (allowed: without)": cache.kv_sharing_fast_prefill,
         "--enable-prefix-caching of a model with Mamba layers (allowed: "

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 from vllm import SamplingParams
 
 from vllm_semantic.hooks import SCHEDULERS
@@ -59,6 +60,28 @@ def test_ample_budget_changes_nothing(policy: str, stock: tuple[bool, Any], llam
         assert manager_of(llm).stats.evicted_blocks == 0
         hits = scheduler_of(llm).kv_cache_manager.block_pool.cached_block_hash_to_block
         assert bool(len(hits)) == caching
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3", "fp8_e5m2"])
+def test_an_fp8_cache(kv_cache_dtype: str, llama: str) -> None:
+    """The same as stock vLLM's where nothing goes; else each request as alone."""
+    kwargs = {"kv_cache_dtype": kv_cache_dtype, "max_num_batched_tokens": 128}
+    with engine(llama, **kwargs) as llm:
+        expected = run(llm)
+    with engine(llama, policy="semantic", kv_policy_config=AMPLE["semantic"], **kwargs) as llm:
+        assert run(llm) == expected
+    options = {"recent_tokens": 32, "semantic_tokens": 64, "recall_gib": 0.125}
+    with engine(llama, policy="semantic", kv_policy_config=options, **kwargs) as llm:
+        assert worker_of(llm).model_runner.kv_caches[0].dtype == torch.uint8
+        together = run(llm)[: len(PROMPTS)]
+        assert manager_of(llm).stats.recalled_blocks > 0
+        assert manager_of(llm).stats.fallbacks == 0
+        alone = [
+            list(llm.generate([prompt], PARAMS, use_tqdm=False)[0].outputs[0].token_ids)
+            for prompt in PROMPTS
+        ]
+        assert [tokens for tokens, _ in together] == alone
+    assert together != expected
 
 
 def qualname(of: Any) -> str:

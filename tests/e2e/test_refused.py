@@ -103,10 +103,10 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
         ["--kv-offloading-size", "1"],
         r"--kv-transfer-config with OffloadingConnector \(allowed: none\)",
     ),
-    "fp8": (
+    "scales of tokens": (
         "llama",
-        ["--kv-cache-dtype", "fp8"],
-        r"--kv-cache-dtype fp8 \(allowed: auto, bfloat16, float16\)",
+        ["--kv-cache-dtype", "fp8_per_token_head"],
+        r"--kv-cache-dtype fp8_per_token_head \(allowed: auto, bfloat16, float16, fp8, ",
     ),
     "fast prefill of shared KV": (
         "llama",
@@ -190,7 +190,7 @@ def test_every_refusal_is_tested() -> None:
             uses_alibi=True,
         ),
         cache_config=SimpleNamespace(
-            cache_dtype="fp8", kv_sharing_fast_prefill=True, mamba_cache_mode="align"
+            cache_dtype="fp8_per_token_head", kv_sharing_fast_prefill=True, mamba_cache_mode="align"
         ),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=2, decode_context_parallel_size=2, use_ubatching=True

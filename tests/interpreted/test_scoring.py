@@ -133,6 +133,7 @@ def attention_both(
     dtype: torch.dtype = torch.float32,
     heads: Heads = "mean",
     transposed: bool = False,
+    fp8: torch.dtype | None = None,
 ) -> None:
     """Hold the kernel to attention over gathered keys and values, request by request.
 
@@ -152,7 +153,8 @@ def attention_both(
         values = values.transpose(3, 4)
     else:
         values = torch.randn(shape, generator=generator)
-    queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
+    queries, keys, values = queries.to(dtype), keys.to(fp8 or dtype), values.to(fp8 or dtype)
+    logit_scales, value_scales = torch.tensor([[0.5, 3.0], [2.0, 0.25]]) if fp8 else (None, None)
     block_ids = torch.randperm(num_ids, generator=generator)[: num_ids - 1]
     requests = torch.tensor([i for i, (blocks, _) in enumerate(held) for _ in blocks])
     indices = torch.tensor([block for blocks, _ in held for block in blocks])
@@ -177,6 +179,8 @@ def attention_both(
         indices * size,
         head_size**-0.5,
         values,
+        logit_scales,
+        value_scales,
     )
     attention = cached_attention(cached, heads)
     contribution = cached_contribution(cached, heads)
@@ -186,8 +190,9 @@ def attention_both(
         mine = requests == i
         kernel_ids = block_ids[mine].unsqueeze(1) * kernel_blocks + torch.arange(kernel_blocks)
         gathered, read = (
-            of[:, kernel_ids].transpose(2, 3).flatten(3, 4).float().nan_to_num()
-            for of in (keys, values)
+            of.float()[:, kernel_ids].transpose(2, 3).flatten(3, 4).nan_to_num()
+            * (1 if scales is None else scales.view(-1, 1, 1, 1, 1))
+            for of, scales in ((keys, logit_scales), (values, value_scales))
         )
         weights = BlockView(
             queries[:, windows[i]].float(),
@@ -228,6 +233,12 @@ def test_attention_by_block_and_window(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_attention_by_dtype(dtype: torch.dtype) -> None:
     attention_both(dtype=dtype)
+
+
+@pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_attention_in_an_fp8_cache(fp8: torch.dtype) -> None:
+    """Each layer has its scales."""
+    attention_both(dtype=torch.bfloat16, fp8=fp8)
 
 
 def test_attention_of_the_highest_head() -> None:

@@ -7,7 +7,15 @@ import torch
 from vllm import _custom_ops as custom_ops
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 
-from vllm_semantic.engine.cached_kv import CachedKV, Loop, Packing, cpu_packing, stack_layers
+from vllm_semantic.engine.cached_kv import (
+    FP8_DTYPES,
+    CachedKV,
+    Loop,
+    Packing,
+    Quantized,
+    cpu_packing,
+    stack_layers,
+)
 
 pytestmark = pytest.mark.cpu_build("its attention kernels write the cache")
 
@@ -24,8 +32,21 @@ def empty_cache(
     return torch.zeros(shape, dtype=dtype)
 
 
-def write_random(kv_cache: torch.Tensor, seed: int) -> torch.Tensor:
+def write_random(
+    kv_cache: torch.Tensor,
+    seed: int,
+    dtype: torch.dtype | None = None,
+    kv_cache_dtype: str = "auto",
+    scales: tuple[float, float] = (1.0, 1.0),
+) -> torch.Tensor:
     """Fill one layer's cache as the CPU backend does.
+
+    Args:
+        kv_cache: of one layer.
+        seed: of the numbers.
+        dtype: of keys and values; ``None``: the cache's.
+        kv_cache_dtype: as ``--kv-cache-dtype`` has it.
+        scales: of keys and of values.
 
     Returns:
         Keys and values ``[2, num_blocks, block_size, num_kv_heads, head_size]``.
@@ -37,16 +58,25 @@ def write_random(kv_cache: torch.Tensor, seed: int) -> torch.Tensor:
     flat = kv_cache.view(num_blocks, num_kv_heads, block_size * 2, head_size)
     key_cache, value_cache = flat.chunk(2, dim=2)
     keys, values = (
-        torch.randn(num_slots, num_kv_heads, head_size, generator=generator).to(kv_cache.dtype)
+        torch.randn(num_slots, num_kv_heads, head_size, generator=generator).to(
+            dtype or kv_cache.dtype
+        )
         for _ in range(2)
     )
     slots = torch.randperm(num_slots, generator=generator)
-    isa = _get_attn_isa(kv_cache.dtype, block_size, head_size)
+    isa = _get_attn_isa(keys.dtype, block_size, head_size, kv_cache_dtype)
     # Half at once and the rest one by one: as in prefill and as in decode.
     middle = num_slots // 2
     for part in (slice(0, middle), *(slice(i, i + 1) for i in range(middle, num_slots))):
         custom_ops.cpu_attn_reshape_and_cache(
-            keys[part], values[part], key_cache, value_cache, slots[part], isa
+            keys[part],
+            values[part],
+            key_cache,
+            value_cache,
+            slots[part],
+            isa,
+            *scales,
+            kv_cache_dtype,
         )
     by_slot = torch.empty(2, *keys.shape, dtype=keys.dtype)
     by_slot[:, slots] = torch.stack((keys, values))
@@ -79,6 +109,38 @@ def test_keys_and_values_come_back(
             expected = half.view(shape)[:, block_ids].transpose(2, 3).float()
             assert gathered.dtype == torch.float32
             assert torch.equal(gathered, expected)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", FP8_DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_fp8_cache_is_read_with_its_scales(dtype: torch.dtype, kv_cache_dtype: str) -> None:
+    """What was written, divided by its scale and rounded to fp8, times that scale again."""
+    scales = torch.tensor([[0.5, 0.03], [2.0, 0.125]])  # of each layer, keys and values
+    kv_cache = empty_cache(torch.uint8, 32, 64, 2)
+    written = torch.stack(
+        [
+            write_random(layer, seed, dtype, kv_cache_dtype, tuple(of.tolist()))
+            for seed, (layer, of) in enumerate(zip(kv_cache, scales, strict=True))
+        ],
+        1,
+    )
+    fp8 = FP8_DTYPES[kv_cache_dtype]
+    isa = _get_attn_isa(dtype, 32, 64, kv_cache_dtype)
+    packing = cpu_packing(32, 64, dtype, isa, kv_cache_dtype)
+    ids = torch.tensor([3, 0, 5])
+    for kernel_blocks in (1, 2):
+        cache = CachedKV(kv_cache, 64, kernel_blocks, packing, Quantized(fp8, *scales.t()))
+        shape = (NUM_LAYERS, -1, kernel_blocks * 32, 2, 64)
+        gathers = (cache.gather_keys, cache.gather_values)
+        for half, gather, of in zip(written, gathers, scales.t(), strict=True):
+            of_layer = of.view(-1, 1, 1, 1, 1)
+            stored = (half.view(shape)[:, ids].transpose(2, 3).float() / of_layer).to(fp8).float()
+            # Kernels round as they like: one step of fp8, and one below its normal numbers.
+            step, least = (2**-2, 2**-16) if fp8 is torch.float8_e5m2 else (2**-3, 2**-9)
+            atol = least * float(of.max())
+            torch.testing.assert_close(gather(ids), stored * of_layer, rtol=step, atol=atol)
+    one = cache.layers(slice(1, 2))
+    assert torch.equal(one.gather_keys(ids), cache.gather_keys(ids)[1:])
 
 
 @pytest.mark.parametrize("kernel_blocks", [1, 2])
@@ -144,7 +206,7 @@ def test_keys_next_to_their_values_need_no_packing() -> None:
 
 def test_a_layout_that_loses_keys_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a kernel stored keys rounded, or not at all."""
-    monkeypatch.setattr(custom_ops, "cpu_attn_reshape_and_cache", lambda *_: None)
+    monkeypatch.setattr(custom_ops, "cpu_attn_reshape_and_cache", lambda *_, **__: None)
     with pytest.raises(RuntimeError, match=r"\(vec, torch.float32\).*--kv-policy cannot read"):
         cpu_packing(32, 32, torch.float32, "vec")
 

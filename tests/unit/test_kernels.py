@@ -25,6 +25,7 @@ SCORE = {
 LOGSUMEXP = SCORE | {
     **dict.fromkeys(("windows", "num_tokens", "requests", "first_positions"), "*i64"),
     "scale": "fp32",
+    "logit_scales": "*fp32",
     "norms": "*fp32",
     **{name.replace("key", "value"): of for name, of in SCORE.items() if name.startswith("key")},
 }
@@ -86,18 +87,24 @@ def test_attention_scores_compile(capability: int, keys: str, head_size: int, va
         PADDED_BLOCK_SIZE=16,
         KERNEL_BLOCKS=1,
         VALUES=values,
+        SCALED=keys.startswith("fp8"),
     )
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_keeping_queries_compiles(capability: int, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("capability", "dtype", "rings"),
+    [
+        *((capability, of, of) for capability in ARCHITECTURES for of in ("bf16", "fp16", "fp32")),
+        (90, "fp8e4nv", "bf16"),  # as vLLM quantises them for FA3
+    ],
+)
+def test_keeping_queries_compiles(capability: int, dtype: str, rings: str) -> None:
     strides = dict.fromkeys(("query_stride_token", "query_stride_head"), "i32")
     compiles(
         queries.keep_queries_kernel,
         strides
         | {"query_stride_channel": "i32", "places": "*i64"}
-        | {"rings": f"*{dtype}", "queries": f"*{dtype}"},
+        | {"rings": f"*{rings}", "queries": f"*{dtype}"},
         capability,
         HEAD_SIZE=80,
         ROW=32 * 80,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from vllm import _custom_ops as custom_ops
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.attention import Attention
 
 
 class Loop(NamedTuple):
@@ -30,6 +34,24 @@ class Packing(NamedTuple):
     values: tuple[Loop, ...]
 
 
+class Quantized(NamedTuple):
+    """How an fp8 cache is read: an element times its layer's scale."""
+
+    dtype: torch.dtype
+    """Of the elements, which vLLM keeps as uint8."""
+    keys: torch.Tensor  # [num_layers] fp32
+    values: torch.Tensor
+
+
+FP8_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""By ``--kv-cache-dtype``, the quantised caches that can be read: each layer has a scale for its
+keys, and one for its values."""
+
+
 @dataclass(frozen=True)
 class CachedKV:
     """Keys and values of attention layers whose caches lie at equal distances in memory.
@@ -47,15 +69,26 @@ class CachedKV:
     packing: Packing | None = None
     """``None``: a key lies next to its value. Else all of a head's keys come first."""
 
+    quantized: Quantized | None = None
+    """``None``: elements are what they say."""
+
     @property
     def block_numel(self) -> int:
         """Elements of the keys of one block of the block manager, in one layer."""
         return self.kernel_blocks * self.kv_cache[0, 0].numel() // 2
 
+    def layers(self, part: slice) -> CachedKV:
+        """Some of the layers."""
+        fp8 = self.quantized
+        if fp8 is not None:
+            fp8 = fp8._replace(keys=fp8.keys[part], values=fp8.values[part])
+        return replace(self, kv_cache=self.kv_cache[part], quantized=fp8)
+
     @cached_property
     def keys(self) -> torch.Tensor | None:
         """All keys as a view, ``[num_layers, num_kernel_blocks, num_kv_heads,
-        kernel_block_size, head_size]``; ``None`` if the kernels pack them in tiles."""
+        kernel_block_size, head_size]``, without their scale; ``None`` if the kernels pack them in
+        tiles."""
         return self._view(0)
 
     @cached_property
@@ -81,7 +114,7 @@ class CachedKV:
 
     def _view(self, which: int) -> torch.Tensor | None:
         if self.packing is None:
-            return self.kv_cache.unflatten(4, (2, self.head_size))[..., which, :]
+            return self._elements.unflatten(4, (2, self.head_size))[..., which, :]
         packed, loops = self._packed(which), self.packing[which]
         if len(loops) != 2:
             return None
@@ -90,7 +123,11 @@ class CachedKV:
 
     def _packed(self, which: int) -> torch.Tensor:
         """A head's keys, or values, of one block in the kernels' order."""
-        return self.kv_cache.flatten(3).unflatten(3, (2, -1))[..., which, :]
+        return self._elements.flatten(3).unflatten(3, (2, -1))[..., which, :]
+
+    @property
+    def _elements(self) -> torch.Tensor:
+        return self.kv_cache if self.quantized is None else self.kv_cache.view(self.quantized.dtype)
 
     def _gather(self, which: int, block_ids: torch.Tensor) -> torch.Tensor:
         size = self.kernel_blocks
@@ -100,15 +137,17 @@ class CachedKV:
         found = self._gather_kernel_blocks(which, block_ids)
         if size > 1:
             found = found.unflatten(1, (-1, size)).transpose(2, 3).flatten(3, 4)
+        if self.quantized is not None:
+            found *= self.quantized[1 + which].view(-1, 1, 1, 1, 1)
         return found
 
     def _gather_kernel_blocks(self, which: int, kernel_ids: torch.Tensor) -> torch.Tensor:
         if self.packing is None:
-            view = self.values if which else self.keys
-            assert view is not None
-            return view[:, kernel_ids].float()
+            by_head = self.kv_cache.unflatten(4, (2, self.head_size))[..., which, :]
+            return by_head[:, kernel_ids].view(self._elements.dtype).float()
         # Whole blocks as they lie in memory, and eight bytes at a time: a third of the time.
-        packed = self._packed(which).view(torch.int64)[:, kernel_ids].view(self.kv_cache.dtype)
+        packed = self._packed(which)
+        packed = packed.view(torch.int64)[:, kernel_ids].view(packed.dtype)
         num_layers, num_blocks, num_kv_heads, _ = packed.shape
         block_size = self.kv_cache.shape[3]
         if which:
@@ -152,7 +191,24 @@ def stack_layers(kv_caches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [first.as_strided(shape, stride, offsets[0])]
 
 
-def cpu_packing(block_size: int, head_size: int, dtype: torch.dtype, isa: str) -> Packing:
+def quantized(layers: Sequence[Attention]) -> Quantized | None:
+    """How the caches of some layers of one ``--kv-cache-dtype`` are read.
+
+    The scales are a checkpoint's, or 1 (vllm/model_executor/layers/quantization/kv_cache.py).
+    """
+    dtype = FP8_DTYPES.get(layers[0].kv_cache_dtype)
+    if dtype is None:
+        return None
+    keys, values = (
+        torch.tensor([getattr(layer, name) for layer in layers], device=layers[0].kv_cache.device)
+        for name in ("_k_scale_float", "_v_scale_float")
+    )
+    return Quantized(dtype, keys, values)
+
+
+def cpu_packing(
+    block_size: int, head_size: int, dtype: torch.dtype, isa: str, kv_cache_dtype: str = "auto"
+) -> Packing:
     """Find where vLLM's CPU kernels put each key and value, by writing known ones.
 
     Each instruction set packs them in an order of its own (csrc/cpu/cpu_attn_*.hpp), so the
@@ -162,12 +218,11 @@ def cpu_packing(block_size: int, head_size: int, dtype: torch.dtype, isa: str) -
         RuntimeError: what is read back is not what was written, in nested loops.
     """
     identity = torch.arange(block_size * head_size)
-    # Two bytes of the index, each exact in bfloat16, one probe for each.
-    high, low = (
-        _write_probe(part.view(block_size, 1, head_size).to(dtype), isa)
-        for part in (identity // 256, identity % 256)
-    )
-    written = (high * 256 + low).long()  # [2, block_size * head_size]
+    written = torch.zeros(2, len(identity), dtype=torch.long)
+    # The octal digits of the index, each exact in any dtype, one probe for each.
+    for power in (8**i for i in range(math.ceil(math.log(len(identity), 8)))):
+        digit = (identity // power % 8).view(block_size, 1, head_size).to(dtype)
+        written += power * _write_probe(digit, isa, kv_cache_dtype).long()
     keys, values = (_loops(half.tolist(), head_size) for half in written)
     if keys is None or values is None:
         raise RuntimeError(
@@ -202,11 +257,15 @@ def _loops(order: list[int], head_size: int) -> tuple[Loop, ...] | None:
     return tuple(loops) if visited.tolist() == order else None
 
 
-def _write_probe(numbers: torch.Tensor, isa: str) -> torch.Tensor:
+def _write_probe(numbers: torch.Tensor, isa: str, kv_cache_dtype: str) -> torch.Tensor:
     """A cache of one block that holds ``numbers`` as keys and as values, ``[2, ...]`` fp32."""
     block_size, _, head_size = numbers.shape
-    kv_cache = numbers.new_zeros(1, 1, block_size * 2, head_size)
+    fp8 = FP8_DTYPES.get(kv_cache_dtype)
+    dtype = torch.uint8 if fp8 else numbers.dtype
+    kv_cache = torch.zeros(1, 1, block_size * 2, head_size, dtype=dtype)
     key_cache, value_cache = kv_cache.chunk(2, dim=2)
     slots = torch.arange(block_size)
-    custom_ops.cpu_attn_reshape_and_cache(numbers, numbers, key_cache, value_cache, slots, isa)
-    return kv_cache.view(2, -1).float()
+    custom_ops.cpu_attn_reshape_and_cache(
+        numbers, numbers, key_cache, value_cache, slots, isa, kv_cache_dtype=kv_cache_dtype
+    )
+    return kv_cache.view(fp8 or dtype).view(2, -1).float()

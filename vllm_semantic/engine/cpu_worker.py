@@ -23,6 +23,7 @@ class SemanticCPUWorker(KVPolicyWorkerMixin, CPUWorker):
         return cpu_packing(
             layer.kv_cache.shape[2],
             layer.head_size,
-            layer.kv_cache.dtype,
+            self.model_config.dtype,
             layer.isa,  # type: ignore[attr-defined]
+            layer.kv_cache_dtype,
         )

@@ -48,6 +48,9 @@ class ScoredLayers:
     queries: torch.Tensor  # [num_layers, num_rows, num_heads, head_size], see QueryWindows
     scale: float
     """What these layers multiply a dot product with."""
+    query_scales: torch.Tensor | None = None
+    """``[num_layers]`` fp32: what the kept queries of each are to be multiplied with, where vLLM
+    quantises queries too."""
     host: CachedKV | None = None
     """Their evicted blocks in host memory, if any can be recalled; see :class:`HostBlocks`."""
 
@@ -272,6 +275,7 @@ class BlockScorer:
                 indices * size,
                 layers.scale,
                 layers.cache.values,
+                *_scales(layers),
             )
             of_layers = policy.score_cached(cached)
             if of_layers is None:
@@ -310,8 +314,11 @@ class BlockScorer:
                     host, places = self.host.on_device(layers.host, slots)
                     keys = partial(_both, keys, host.gather_keys, places, order)
                     values = partial(_both, values, host.gather_values, places, order)
+                queries = layers.queries.index_select(1, rows).float()
+                if layers.query_scales is not None:
+                    queries *= layers.query_scales.view(-1, 1, 1, 1)
                 view = BlockView(
-                    layers.queries.index_select(1, rows).float(),
+                    queries,
                     keys(block_ids),
                     partial(values, block_ids),
                     block_indices,
@@ -348,10 +355,19 @@ def _some_at_once(
             cache, host = layers.cache, layers.host
             yield replace(
                 layers,
-                cache=replace(cache, kv_cache=cache.kv_cache[part]),
+                cache=cache.layers(part),
                 queries=layers.queries[part],
-                host=host and replace(host, kv_cache=host.kv_cache[part]),
+                query_scales=None if layers.query_scales is None else layers.query_scales[part],
+                host=host and host.layers(part),
             )
+
+
+def _scales(layers: ScoredLayers) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What kernels multiply the logits, and the values, of each layer with."""
+    fp8, query_scales = layers.cache.quantized, layers.query_scales
+    if fp8 is None:
+        return query_scales, None
+    return fp8.keys if query_scales is None else fp8.keys * query_scales, fp8.values
 
 
 def _both(

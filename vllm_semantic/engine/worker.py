@@ -34,7 +34,7 @@ from ..messages import (
 from ..policies.trial import num_judged_blocks
 from ..served import CONFIG_KEY, ServedPolicies
 from .backend import CapturingImpl, CompactingBuilder, StepBuffers
-from .cached_kv import CachedKV, Packing, stack_layers
+from .cached_kv import CachedKV, Packing, quantized, stack_layers
 from .held_blocks import HeldBlocks, HeldRows
 from .host_blocks import HostBlocks
 from .host_reads import Staging
@@ -307,7 +307,8 @@ class KVPolicyWorkerMixin(Worker):
                     self._builders.append(builder)
             if self.served_policies.rules:
                 for _, alike in groupby(
-                    layers, key=lambda layer: (layer.num_heads, layer.impl.scale)
+                    layers,
+                    key=lambda layer: (layer.num_heads, layer.impl.scale, layer.kv_cache_dtype),
                 ):
                     scored += self._connect_layers(of_shape := list(alike), kernel_blocks)
                     self._scored_layers.setdefault(group_id, []).extend(of_shape)
@@ -366,8 +367,10 @@ class KVPolicyWorkerMixin(Worker):
         """Give layers of one shape the buffers that their queries go to."""
         first = layers[0]
         packing = self._packing(first)
-        scored = []
+        scored: list[ScoredLayers] = []
         for kv_cache in stack_layers([layer.kv_cache for layer in layers]):
+            first_layer = sum(len(stacked.queries) for stacked in scored)
+            of_stack = layers[first_layer : first_layer + len(kv_cache)]
             queries = self._windows.buffer(
                 len(kv_cache),
                 first.num_heads,
@@ -375,8 +378,12 @@ class KVPolicyWorkerMixin(Worker):
                 self.model_config.dtype,
                 kv_cache.device,
             )
-            cache = CachedKV(kv_cache, first.head_size, kernel_blocks, packing)
-            scored.append(ScoredLayers(cache, queries, first.impl.scale))
+            fp8 = quantized(of_stack)
+            cache = CachedKV(kv_cache, first.head_size, kernel_blocks, packing, fp8)
+            query_scales = None
+            if any(layer.query_quant is not None for layer in of_stack):
+                query_scales = torch.stack([layer._q_scale.float() for layer in of_stack])
+            scored.append(ScoredLayers(cache, queries, first.impl.scale, query_scales))
         buffers = [buffer for stacked in scored for buffer in stacked.queries]
         for layer, buffer in zip(layers, buffers, strict=True):
             if not isinstance(layer.impl, CapturingImpl):

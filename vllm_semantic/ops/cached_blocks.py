@@ -39,3 +39,10 @@ class CachedBlocks:
 
     values: torch.Tensor | None = None
     """As :attr:`keys`; ``None`` where no view shows them."""
+
+    logit_scales: torch.Tensor | None = None
+    """``[num_layers]`` fp32, what :attr:`scale` is multiplied with in each layer, where the cache
+    or the queries are quantised; ``None``: 1."""
+
+    value_scales: torch.Tensor | None = None
+    """``[num_layers]`` fp32, what :attr:`values` are multiplied with; ``None``: 1."""

@@ -111,6 +111,7 @@ def block_logsumexp_kernel(
     block_ids,  # [num_blocks] int64
     requests,  # [num_blocks] int64
     first_positions,  # [num_blocks] int64
+    logit_scales,  # [num_layers] fp32; not read without SCALED
     scale,
     query_stride_layer,
     query_stride_row,
@@ -135,9 +136,12 @@ def block_logsumexp_kernel(
     PADDED_BLOCK_SIZE: tl.constexpr,
     KERNEL_BLOCKS: tl.constexpr,
     VALUES: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     block = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
+    if SCALED:
+        scale *= tl.load(logit_scales + layer)
     request = tl.load(requests + block)
     kernel_block = tl.load(block_ids + block) * KERNEL_BLOCKS
     channel = tl.arange(0, PADDED_HEAD_SIZE)
@@ -249,6 +253,7 @@ def block_logsumexp(
         cached.block_ids,
         cached.requests,
         cached.first_positions,
+        cached.num_tokens if cached.logit_scales is None else cached.logit_scales,
         cached.scale,
         *cached.queries.stride()[:3],
         *cached.keys.stride(),
@@ -263,5 +268,8 @@ def block_logsumexp(
         PADDED_BLOCK_SIZE=max(16, triton.next_power_of_2(block_size)),
         KERNEL_BLOCKS=cached.kernel_blocks,
         VALUES=values is not None,
+        SCALED=cached.logit_scales is not None,
     )
+    if values is not None and cached.value_scales is not None:
+        norms *= cached.value_scales.view(-1, 1, 1, 1)
     return out, norms
