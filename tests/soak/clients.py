@@ -38,6 +38,9 @@ class Plan:
     restarts: int = 2
     hang_up: float = 0.2
     seed: int = 0
+    host_mib: int = HOST_MIB
+    """Of host memory for evicted blocks. With less than :data:`HOST_MIB` it may be full: then what a
+    request recalls, and so what it says, may depend on others."""
 
 
 @dataclass
@@ -242,18 +245,19 @@ class Soak:
 def failures(result: dict[str, Any]) -> list[str]:
     """What should not have happened in a run."""
     lives = result["lives"]
+    dropped = sum(life["dropped_blocks"] for life in lives)
+    is_ample = result["plan"]["host_mib"] >= HOST_MIB
     wrong = {
         f"lost: {result['lost'][:5]}": result["lost"],
-        f"different: {result['different'][:5]}": result["different"],
+        f"different: {result['different'][:5]}": result["different"] and not dropped,
         "the server is dead": not result["alive_at_end"],
         "blocks are held at the end": result["kv_cache_usage_at_end"],
         "a policy failed": result["fallbacks_logged"],
         "SIGTERM did not end the engine": any(life["outlived_by"] for life in lives),
         "nothing was evicted": not all(life["evicted_blocks"] for life in lives),
         "nothing came back": not all(life["recalled_blocks"] for life in lives),
-        "host memory lost what a request could recall": any(
-            life["dropped_blocks"] for life in lives
-        ),
+        "host memory lost what a request could recall": dropped and is_ample,
+        "host memory was never full": not dropped and not is_ample,
         "nothing was preempted": not sum(life["preemptions"] for life in lives),
         "fewer restarts than planned": len(lives) <= result["plan"]["restarts"],
     }
