@@ -100,8 +100,12 @@ def main() -> None:
     task.add_argument("--model", type=_model, default=default.model, help=MODELS)
     for name, of in (("policies", _names), ("quantization", _names), ("tasks", _names)):
         values = ",".join(getattr(default, name))
+        held = "; weights, and with fp8 or +fp8 the cache" if name == "quantization" else ""
         task.add_argument(
-            f"--{name}", type=of, action="extend", help=f"by commas or repeated; default: {values}"
+            f"--{name}",
+            type=of,
+            action="extend",
+            help=f"by commas or repeated; default: {values}{held}",
         )
     task.add_argument(
         "--budget", type=_numbers, action="extend", help=f"in tokens; default: {default.budget[0]}"

@@ -164,8 +164,7 @@ def run(settings: Settings, out: Path = RESULTS / "quality.json") -> dict[str, A
 def measure(settings: Settings, row: Row, work: Work) -> dict[str, Any]:
     """Everything about one row, on an engine of its own."""
     kwargs: dict[str, Any] = {"block_size": settings.block_size} if settings.block_size else {}
-    if row.quantization != "none":
-        kwargs["quantization"] = row.quantization
+    kwargs |= row.engine_kwargs
     documents = [document for of in work.documents.values() for document in of]
     if not torch.cuda.is_available():  # vLLM would take most of the machine's memory
         num_tokens = max(len(documents), 8) * (settings.num_tokens + 2 * 128)

@@ -122,13 +122,13 @@ def demo_table(report: dict[str, Any]) -> str:
     """A wrong answer is struck out."""
     corpora = list(report["rows"][0]["perplexity"])
     head = ["KV policy", *(f"PPL {name}" for name in corpora)]
-    head += ["tok/s", "peak KV blocks", "evicted blocks", "weights MB", "answer"]
+    head += ["tok/s", "peak KV MB", "evicted blocks", "weights MB", "answer"]
     rows = [
         [
             row["row"],
             *(f"{row['perplexity'][name]:.2f}" for name in corpora),
             f"{row['tokens_per_second']:.0f}",
-            str(row["peak_kv_blocks"]),
+            f"{row['peak_kv_bytes'] / 1e6:.1f}",
             str(row["evicted_blocks"]),
             f"{row['weight_bytes'] / 1e6:.1f}",
             row["answer"] if row["right"] else f"~~{row['answer']}~~",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_semantic.config import KV_CACHE_DTYPES
 from vllm_semantic.layer_groups import LAYER_GROUPS, LAYER_SKEW
 from vllm_semantic.policies import POLICIES, KVPolicy
 from vllm_semantic.policies.base import RECALL, RECENT
@@ -29,11 +30,20 @@ class Row:
     layer_groups: int = 1
     layer_skew_tokens: int = 0
 
+    @property
+    def engine_kwargs(self) -> dict[str, str]:
+        """How the engine holds weights, and keys and values."""
+        parts = [part for part in self.quantization.split("+") if part != "none"]
+        caches = [part for part in parts if part in KV_CACHE_DTYPES]
+        weights = [part for part in parts if part not in caches]
+        return dict(zip(["kv_cache_dtype"], caches, strict=False)) | dict(
+            zip(["quantization"], weights, strict=False)
+        )
+
     def title(self, budgets: Sequence[int]) -> str:
         """How the row is called in tables: only what tells it from the others."""
-        of = "NF4 + " if self.quantization == "bitsandbytes" else ""
-        if self.quantization not in ("none", "bitsandbytes"):
-            of = f"{self.quantization} + "
+        held = self.quantization.replace("bitsandbytes", "NF4").replace("+", " + ")
+        of = "" if held == "none" else f"{held} + "
         at = f" @ {self.budget}" if len(budgets) > 1 and self.policy != "full" else ""
         groups = f" in {self.layer_groups} groups" if self.layer_groups > 1 else ""
         groups += f", skew {self.layer_skew_tokens}" if self.layer_skew_tokens else ""

@@ -65,12 +65,16 @@ def test_forced_text_and_memory(llama: str) -> None:
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fact that age drops and similarity keeps; the README's table says what was answered."""
-    monkeypatch.setattr(demo, "ROWS", demo.ROWS[1:3])
+    monkeypatch.setattr(demo, "ROWS", [*demo.ROWS[1:3], demo.ROWS[-1]])
     settings = demo.Settings(num_tokens=600, num_prompt=300, num_documents=1, real_tokens=0)
     report = demo.run(settings, tmp_path / "demo.json")
-    streaming, semantic = report["rows"]
+    streaming, semantic, *others = report["rows"]
     assert all(row["evicted_blocks"] > 0 for row in report["rows"])
     assert (streaming["right"], semantic["right"]) == (False, True)
+    assert len(others) == demo.runs_fp8()
+    for nf4_and_fp8 in others:
+        assert nf4_and_fp8["peak_kv_bytes"] * 2 == semantic["peak_kv_bytes"]
+        assert nf4_and_fp8["weight_bytes"] < semantic["weight_bytes"]
     assert semantic["answer"] == report["expected"] != streaming["answer"]
     table = readme.demo_table(json.loads((tmp_path / "demo.json").read_text()))
     assert f"| {report['expected']} |" in table

@@ -39,8 +39,8 @@ class Plan:
     hang_up: float = 0.2
     seed: int = 0
     host_mib: int = HOST_MIB
-    """Of host memory for evicted blocks. With less than :data:`HOST_MIB` it may be full: then what a
-    request recalls, and so what it says, may depend on others."""
+    """Of host memory for evicted blocks. With less than :data:`HOST_MIB` it may be full: then what
+    a request recalls, and so what it says, may depend on others."""
 
 
 @dataclass
