@@ -19,6 +19,7 @@ from .config import (
     CONFIG_FLAG,
     KV_CACHE_DTYPES,
     POLICY_FLAG,
+    SPECULATIVE_METHODS,
     WRAPPED_BACKENDS,
     check_block_size,
     resolve_policy_class,
@@ -228,8 +229,9 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
         "micro-batching (allowed: no --enable-dbo, --ubatch-size 0)": parallel.use_ubatching,
-        f"--speculative-config with method {speculative and speculative.method} (allowed: none)": (
-            speculative is not None
+        f"--speculative-config with method {speculative and speculative.method} (allowed: "
+        f"{', '.join(SPECULATIVE_METHODS)})": (
+            speculative is not None and speculative.method not in SPECULATIVE_METHODS
         ),
         f"--kv-transfer-config with {transfer and transfer.kv_connector} (allowed: none)": (
             transfer is not None

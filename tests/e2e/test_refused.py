@@ -78,20 +78,15 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
         ["--ubatch-size", "2", "--all2all-backend", "deepep_low_latency"],
         r"micro-batching \(allowed: no --enable-dbo, --ubatch-size 0\)",
     ),
-    "ngram": (
-        "llama",
-        ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
-        r"--speculative-config with method ngram \(allowed: none\)",
-    ),
     "draft model": (
         "llama",
         speculative("draft_model"),
-        r"--speculative-config with method draft_model \(allowed: none\)",
+        r"--speculative-config with method draft_model \(allowed: ngram\)",
     ),
     "EAGLE": (
         "llama",
         speculative("eagle"),
-        r"--speculative-config with method eagle \(allowed: none\)",
+        r"--speculative-config with method eagle \(allowed: ngram\)",
     ),
     "KV connector": (
         "llama",
@@ -195,7 +190,7 @@ def test_every_refusal_is_tested() -> None:
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=2, decode_context_parallel_size=2, use_ubatching=True
         ),
-        speculative_config=SimpleNamespace(method="ngram"),
+        speculative_config=SimpleNamespace(method="eagle"),
         kv_transfer_config=SimpleNamespace(kv_connector="ExampleConnector"),
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="FLEX_ATTENTION")),
         diffusion_config=SimpleNamespace(),

@@ -23,6 +23,9 @@ from vllm_semantic.policies import KVPolicy
 from vllm_semantic.policies.base import BlockBudget
 
 VOCAB_SIZE = 97
+MAX_DRAFTS = 4
+WRONG = -1
+"""Stands in the cache for a token that was drafted and rejected."""
 
 
 class Tokens:
@@ -53,6 +56,12 @@ class Tokens:
 
     def first(self, length: int) -> list[int]:
         return [self[i] for i in range(length)]
+
+    def drafts(self, position: int) -> list[int]:
+        """What is guessed to be at ``position`` and behind it: more or less, right or wrong."""
+        seed = self.prefix(position - 1)
+        guessed = [self[position + i] for i in range(seed % (MAX_DRAFTS + 1))]
+        return [(t + (seed >> i) % 4 // 3) % VOCAB_SIZE for i, t in enumerate(guessed)]
 
     def score(self, num_tokens: int, block: int, group: int = 0) -> float:
         """Similarity of a block to the newest query in the layers of a group; few values, so that
@@ -220,7 +229,7 @@ class PagedWorker:
         num_groups: int,
     ) -> None:
         self.block_size = block_size
-        self.windows = QueryWindows(num_queries, max_num_reqs)
+        self.windows = QueryWindows(num_queries, max_num_reqs, MAX_DRAFTS)
         self.groups = range(num_groups)
         self.held = [HeldBlocks(max_num_reqs, max_num_blocks, block_size, 1) for _ in self.groups]
         self.queries: dict[int, tuple[str, int]] = {}
@@ -243,13 +252,20 @@ class PagedWorker:
         self._apply_evictions(step)
         spans = self._update_rows(output, requests)
         self._check_reads(step, requests)
+        drafts = output.scheduled_spec_decode_tokens
+        accepted = {
+            r: self._accepted(requests[r], known, drafts.get(r, []))
+            for r, (*_, known) in spans.items()
+        }
         for group in self.groups:
             self._check_held(group, {r: end for r, (_, end, _) in spans.items()})
             for request_id, (start, end, _) in spans.items():
-                self._write(group, request_id, requests[request_id], start, end, step)
+                right = spans[request_id][2] + accepted[request_id]
+                self._write(group, request_id, requests[request_id], start, end, right, step)
         for group in self.groups:
-            for request_id, (_, end, _) in spans.items():
-                self._read(group, request_id, requests[request_id], end)
+            for request_id, (_, end, known) in spans.items():
+                settled = min(end, known + accepted[request_id])
+                self._read(group, request_id, requests[request_id], settled)
         if step.keeps_queries:
             kept = {r: (start, end) for r, (start, end, _) in spans.items()}
             self._keep_queries(step.keeps_queries, kept)
@@ -257,7 +273,9 @@ class PagedWorker:
             req_ids=list(spans),
             req_id_to_index={request_id: i for i, request_id in enumerate(spans)},
             sampled_token_ids=[
-                [requests[request_id][known]] if end == known else []
+                [requests[request_id][known + i] for i in range(accepted[request_id] + 1)]
+                if end >= known
+                else []
                 for request_id, (_, end, known) in spans.items()
             ],
         )
@@ -265,7 +283,7 @@ class PagedWorker:
             assert [*step.score_requests] == [*self.groups], "all groups are asked at once"
             scores = {
                 group: {
-                    r: self._score(group, of, r, requests[r], spans[r][1])
+                    r: self._score(group, of, r, requests[r], spans[r], accepted[r])
                     for r, of in asked.items()
                 }
                 for group, asked in step.score_requests.items()
@@ -273,6 +291,12 @@ class PagedWorker:
             assert len({tuple(of_group) for of_group in scores.values()}) == 1
             attach_scores(result, scores)
         return result
+
+    @staticmethod
+    def _accepted(tokens: Tokens, known: int, drafts: list[int]) -> int:
+        """How many of the tokens drafted for ``known`` and behind it are right."""
+        wrong = (i for i, token in enumerate(drafts) if token != tokens[known + i])
+        return next(wrong, len(drafts))
 
     def _check_held(self, group: int, seq_lens: dict[str, int]) -> None:
         """The kernels get every block that a request holds, in order, and no other."""
@@ -406,8 +430,10 @@ class PagedWorker:
         tokens: Tokens,
         start: int,
         end: int,
+        right: int,
         step: KVPolicyStep,
     ) -> None:
+        """Tokens from ``right`` on were drafted and are wrong."""
         gone = lost = self.gone_anywhere(request_id)
         for of_group, reads in step.reads.items():
             gone -= {(of_group, i) for i in reads.get(request_id, ())}
@@ -415,7 +441,8 @@ class PagedWorker:
             block_id = self.rows[request_id][group][position // self.block_size]
             assert block_id != 0, f"{request_id}: token {position} has no block"
             slots = self.cache.setdefault(block_id, {})
-            slots[position % self.block_size] = Slot(tokens.prefix(position), gone, not lost, group)
+            prefix = tokens.prefix(position) if position < right else WRONG
+            slots[position % self.block_size] = Slot(prefix, gone, not lost, group)
 
     def _read(self, group: int, request_id: str, tokens: Tokens, end: int) -> None:
         row = self.rows[request_id][group]
@@ -429,8 +456,15 @@ class PagedWorker:
                 assert slot.group == group, f"{request_id} reads other layers' keys"
 
     def _score(
-        self, group: int, asked: Any, request_id: str, tokens: Tokens, end: int
+        self,
+        group: int,
+        asked: Any,
+        request_id: str,
+        tokens: Tokens,
+        span: tuple[int, int, int],
+        accepted: int,
     ) -> list[float]:
+        _, end, known = span
         row = self.rows[request_id][group]
         assert asked.block_indices == sorted(set(asked.block_indices))
         filling = [end // self.block_size] if end % self.block_size else []
@@ -442,6 +476,8 @@ class PagedWorker:
         for i, slot in asked.recallable.items():
             assert row[i] == 0, "it is here, and would have to come back"
             self._check_slot(group, tokens, i, slot)
+        if end > known + accepted:  # what queries of rejected drafts say counts nowhere
+            return [float(-i % 3) for i in asked.scored_indices]
         return [tokens.score(end, i, group) for i in asked.scored_indices]
 
     def slots_of(self, request_id: str, end: int) -> list[tuple[int, Slot]]:

@@ -165,6 +165,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.stock = make_scheduler(stock, vllm_config, [full for _ in specs], num_blocks)
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(BLOCK_SIZE, sha256) if self.caching else None
+        self.speculates = (
+            self.policies is TIGHT and not self.asynchronous and data.draw(st.booleans())
+        )
         self.worker = PagedWorker(
             BLOCK_SIZE, self.served.num_queries, MAX_REQUESTS, max(least), len(self.groups)
         )
@@ -340,15 +343,28 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.in_flight) < self.max_in_flight)
     @rule()
     def schedule(self) -> None:
+        if self.speculates:
+            self.draft()
         output = self.scheduler.schedule()
         stock_output = self.stock.schedule() if self.stock else None
         if stock_output is not None:
             self.check_like_stock(output, stock_output)
         self.follow(output)
         result = self.worker.execute(output, self.tokens)
+        drafts = output.scheduled_spec_decode_tokens
+        for of, sampled in zip(result.req_ids, result.sampled_token_ids, strict=True):
+            self.seen["drafts accepted"] += max(0, len(sampled) - 1)
+            self.seen["drafts rejected"] += len(drafts.get(of, ())) - max(0, len(sampled) - 1)
         self.in_flight.append((output, stock_output, result))
         self.check()
         self.check_step(output)
+
+    def draft(self) -> None:
+        """As n-gram speculation does after a step: guesses for every request that decodes."""
+        for request_id, request in self.requests.items():
+            decodes = request.num_computed_tokens == request.num_tokens - 1
+            if decodes and request.status == RequestStatus.RUNNING:
+                request.spec_token_ids = self.tokens[request_id].drafts(request.num_tokens)
 
     @precondition(lambda self: len(self.in_flight) == self.max_in_flight)
     @rule()
@@ -561,4 +577,6 @@ def test_schedulers(asynchronous: bool, policies: list[dict[str, Any]], llama: s
         common["host memory full"] = 100
         if asynchronous:
             common["stale scores"] = 20
+        else:
+            common |= {"drafts accepted": 200, "drafts rejected": 200}
     assert all(seen[what] >= least for what, least in common.items()), seen

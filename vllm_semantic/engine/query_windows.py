@@ -16,11 +16,13 @@ class QueryWindows:
     Args:
         num_queries: queries kept of each request.
         max_num_reqs: requests at a time.
+        num_drafts: tokens that a step may guess for a request. Their queries take no row of one
+            that is looked at, even where a session's next turn ends before the last guess.
     """
 
-    def __init__(self, num_queries: int, max_num_reqs: int) -> None:
-        self.num_queries = num_queries
-        self.num_rows = max_num_reqs * num_queries
+    def __init__(self, num_queries: int, max_num_reqs: int, num_drafts: int = 0) -> None:
+        self.num_queries = num_queries + num_drafts
+        self.num_rows = max_num_reqs * self.num_queries
         """Of all rings together."""
         self._free = list(range(max_num_reqs - 1, -1, -1))
         self._rings: dict[str, int] = {}

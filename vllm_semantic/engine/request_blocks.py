@@ -80,7 +80,7 @@ class RequestBlocks:
         else:
             ranks = policy.rank(list(candidates), point, extra_args)  # a copy: they may change it
             scores = checked_ranks(ranks, len(candidates))
-        if all(score != score for score in scores):
+        if scores and all(score != score for score in scores):
             raise ValueError("every score is NaN")
         return scores
 

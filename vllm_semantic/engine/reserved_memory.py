@@ -77,7 +77,8 @@ def reserved_memory(
     if not spec.served.rules:
         return ReservedMemory(0, tables, 0, 0)
     scored = [layers[name] for name in under_policy]
-    windows = QueryWindows(spec.served.num_queries, max_num_reqs)
+    num_drafts = vllm_config.num_speculative_tokens
+    windows = QueryWindows(spec.served.num_queries, max_num_reqs, num_drafts)
     elements = windows.num_rows * sum(layer.num_heads * layer.head_size for layer in scored)
     block_bytes = sum(spec.page_size_bytes for spec in under_policy.values()) // len(groups)
     num_blocks = available_bytes // block_bytes

@@ -198,7 +198,8 @@ class KVPolicyMixin(Scheduler):
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
         """Let a session's prompt grow: what was eviction points stays, what comes is found anew."""
-        num_computed_tokens = session.num_computed_tokens
+        # Drafts that were accepted behind the last token of the answer are none of the prompt.
+        num_computed_tokens = min(session.num_computed_tokens, session.num_tokens - 1)
         # All but the token that was sampled last. Where the session was preempted with its last
         # token in flight, nothing is computed, and vLLM would keep nothing.
         session.num_computed_tokens = session.num_tokens - 1

@@ -124,7 +124,9 @@ class KVPolicyWorkerMixin(Worker):
         self._scores: PendingScores | None = None
         self._end_step()
         self._windows = QueryWindows(
-            self.served_policies.num_queries, self.scheduler_config.max_num_seqs
+            self.served_policies.num_queries,
+            self.scheduler_config.max_num_seqs,
+            self.vllm_config.num_speculative_tokens,
         )
         scored = {
             group_id: self._connect(group_id, attn_groups)
