@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from .held_blocks import HeldRows
@@ -104,12 +105,11 @@ def plan_read(
     seq_len = int(held.seq_lens[row]) + len(indices) * block_size
     first, end = common.query_start_loc_cpu[row : row + 2].tolist()
     num_tokens, tokens, rows = end - first, slice(first, end), slice(row, row + 1)
-    starts, seq_lens = torch.tensor([0, num_tokens], dtype=torch.int32), torch.tensor([seq_len])
-    seq_lens = seq_lens.int()
+    starts, seq_lens = (torch.tensor(of, dtype=torch.int32) for of in ([0, num_tokens], [seq_len]))
     alone = common.replace(
-        query_start_loc=starts.to(device, non_blocking=True),
+        query_start_loc=async_tensor_h2d(starts, device),
         query_start_loc_cpu=starts,
-        seq_lens=seq_lens.to(device, non_blocking=True),
+        seq_lens=async_tensor_h2d(seq_lens, device),
         seq_lens_cpu_upper_bound=seq_lens,
         num_reqs=1,
         num_actual_tokens=num_tokens,
@@ -125,7 +125,7 @@ def plan_read(
     return HostRead(
         tokens,
         table[row, :num_held],
-        torch.from_numpy(np.searchsorted(in_order, columns)).to(device, non_blocking=True),
+        async_tensor_h2d(np.searchsorted(in_order, columns), device, torch.int64),
         slots.tolist(),
         np.searchsorted(in_order, indices).tolist(),
         builder.build(0, alone),
