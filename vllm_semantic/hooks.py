@@ -222,9 +222,8 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
     backend = vllm_config.attention_config.backend
     backends = ", ".join(WRAPPED_BACKENDS)
     checks = {
-        f"--pipeline-parallel-size {parallel.pipeline_parallel_size} (allowed: 1)": (
-            parallel.pipeline_parallel_size > 1
-        ),
+        f"--pipeline-parallel-size {parallel.pipeline_parallel_size}, where each stage would score "
+        "its own layers (allowed: 1)": (parallel.pipeline_parallel_size > 1),
         "context parallelism (allowed: --decode-context-parallel-size 1)": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),

@@ -66,7 +66,7 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
     "pipeline parallelism": (
         "llama",
         ["--pipeline-parallel-size", "2"],
-        r"--pipeline-parallel-size 2 \(allowed: 1\)",
+        r"--pipeline-parallel-size 2, where each stage .* \(allowed: 1\)",
     ),
     "context parallelism": (
         "llama",
