@@ -58,7 +58,7 @@ def test_what_is_wrong_is_found(llama: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 (allowed: 1)"),
+        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2, where each stage"),
         (["--block-size", "256"], "--block-size 256 is too coarse"),
         (
             ["--kv-policy-config.layer_groups", "3"],
