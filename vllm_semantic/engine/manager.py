@@ -194,7 +194,9 @@ class SemanticManager(FullAttentionManager):
         self.stats_by_policy[policy.name].scored_blocks += len(kept)
         block_ids = [blocks[i].block_id for i in held]
         recallable: Mapping[int, int] = {}
-        if self.recall_blocks or self._ends_question(request, num_computed):
+        # What comes back at a point that is not settled yet has to have a score at this one too.
+        unsettled = range(num_computed - self.eviction_delay, num_computed + 1)
+        if self.recall_blocks or any(self._ends_question(request, n) for n in unsettled):
             recallable = self._away(request_id, policy, kept)
             self.stats_by_policy[policy.name].read_blocks += len(recallable)
         return ScoreRequest(policy, num_computed, kept, block_ids, recallable)
@@ -484,7 +486,9 @@ class SemanticManager(FullAttentionManager):
         candidates = budget.candidates(kept)
         asked_in_step = state.asked_in_step.pop(point, None)
         scored = state.scores.get(point, {})
-        away = [i for i in self._away(request_id, policy, kept) if i in scored]
+        away: list[int] = []
+        if is_question or self.recall_blocks:
+            away = [i for i in self._away(request_id, policy, kept) if i in scored]
         swaps: list[tuple[int, int]] = []
         try:
             extra_args = extra_args_of(self.requests[request_id])
