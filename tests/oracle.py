@@ -458,7 +458,6 @@ class Oracle:
         if case.recall and group.scored_at == point:
             held = sorted(group.alive)
             num_recent = -(-case.recent_tokens // size)
-            num_recent = min(num_recent, 1) if asks else num_recent
             middle = held[-(-case.sink_tokens // size) : len(held) - num_recent]
             worst = sorted(middle, key=lambda b: (group.scores[b], b))
             scored = [b for b in group.away if b in group.scores]
@@ -512,7 +511,7 @@ class Oracle:
             before = {} if asks else group.scores
             worth = RULES[case.rule](Held(self, of_group, scored, point, size, before))
             group.scores, group.scored_at = worth, point
-            middle = alive[num_sink : len(alive) - (min(num_recent, 1) if asks else num_recent)]
+            middle = alive[num_sink : len(alive) - num_recent]
             ranked = sorted((worth[block], block) for block in middle)
             gone = forced[i]
             if gone is None:

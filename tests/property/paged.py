@@ -196,12 +196,7 @@ class ExpectedRequest:
                 b: self.tokens.score(n, b, of.group) + decay * of.scores.get(b, 0.0) for b in scored
             }
             most, margin = (10**6, 0.0) if is_question else (self.recall_blocks, 0.1)
-            budget = self._budget(of.shift)
-            if is_question:
-                newest = min(budget.recent, 1)
-                selected = budget.selected + budget.recent - newest
-                budget = BlockBudget(budget.sink, newest, selected)
-            of.choose(n, budget, most if self.recalls else 0, margin)
+            of.choose(n, self._budget(of.shift), most if self.recalls else 0, margin)
         for of in self.groups:
             of.seen.append((n + self.delay, frozenset(of.away)))
         self.first_point = self.first_point or n

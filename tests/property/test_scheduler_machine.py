@@ -463,13 +463,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         in_flight = request.num_computed_tokens - request.num_in_flight_tokens
         assert at <= in_flight, "a step in flight reads these blocks"
         before = state.kept_at(at // BLOCK_SIZE)
-        asks = self.managers[group]._ends_question(request, at)
         evict_at(request_id, state, at)
         after = set(state.kept)
         evicted = [i for i in before if i not in after]
         budget = self.served.budget(self.expected[request_id].policy, BLOCK_SIZE, group)
-        num_recent = min(budget.recent, 1) if asks else budget.recent
-        protected = before[: budget.sink] + before[len(before) - num_recent :]
+        protected = before[: budget.sink] + before[len(before) - budget.recent :]
         assert not set(evicted) & set(protected)
         recalled = sorted(after - set(before))
         if evicted:

@@ -481,8 +481,6 @@ class SemanticManager(FullAttentionManager):
         """
         policy = self.policy_of(request_id)
         budget, stats = self._budget_of(policy), self.stats_by_policy[policy.name]
-        if is_question:
-            budget = budget.asked()
         candidates = budget.candidates(kept)
         asked_in_step = state.asked_in_step.pop(point, None)
         scored = state.scores.get(point, {})

@@ -42,14 +42,6 @@ class BlockBudget:
         moved = max(-self.selected, min(blocks, self.selected))
         return dataclasses.replace(self, selected=self.selected + moved) if moved else self
 
-    def asked(self) -> BlockBudget:
-        """What holds where a question has been read: only sink and the newest block stay as they
-        are, and the other recent ones have to be worth their places."""
-        recent = min(self.recent, 1)
-        return dataclasses.replace(
-            self, recent=recent, selected=self.selected + self.recent - recent
-        )
-
     def candidates(self, kept: Sequence[int]) -> Sequence[int]:
         """The blocks that may be evicted: neither sink nor recent.
 
