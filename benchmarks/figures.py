@@ -22,6 +22,8 @@ from .engines import RemoteEngine, engine
 
 SEMANTIC = "semantic"
 HOST_TOKENS = 1024
+HOST_REQUESTS = 256
+"""Of the figures; the detail has other sizes."""
 CAPACITY_SIDES = {"stock": None, "streaming": "streaming", "semantic": SEMANTIC}
 BLOCK_SIZE = 32
 BASE = {
@@ -233,12 +235,26 @@ def decode_cost(model: str, rounds: int, sizes: Sizes) -> Found:
 
 def host_step(model: str, rounds: int, sizes: Sizes) -> Found:
     """The scheduler's part of a step over stock vLLM's, in CPU time: no model, no kernels."""
-    cells = [overhead.measure(model, n, HOST_TOKENS, 2 * rounds + 1) for n in sizes.host_requests]
-    ratios = {cell["num_reqs"]: cell["scheduler_ratio"] for cell in cells}
+    in_groups = overhead.sides_in_groups()
+    cells = [
+        overhead.measure(
+            model,
+            num_reqs,
+            HOST_TOKENS,
+            2 * rounds + 1,
+            overhead.SIDES | (in_groups if num_reqs == HOST_REQUESTS else {}),
+        )
+        for num_reqs in sizes.host_requests
+    ]
+    ratios = {cell["num_reqs"]: cell["scheduler_ratio"] for cell in cells}[HOST_REQUESTS]
     return (
         {
-            "host_step_over_stock_idle_256": ratios[256]["ample"],
-            "host_step_over_stock_evicting_256": ratios[256]["semantic"],
+            "host_step_over_stock_idle_256": ratios["ample"],
+            "host_step_over_stock_evicting_256": ratios["semantic"],
+            **{
+                f"host_step_over_stock_evicting_256_{n}_groups": ratios[name]
+                for n, name in zip(overhead.GROUPS, in_groups, strict=True)
+            },
         },
         {"num_tokens": HOST_TOKENS, "cells": cells},
     )

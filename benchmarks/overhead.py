@@ -8,6 +8,7 @@ import json
 import math
 import os
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,7 @@ def run(
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     console = Console()
-    in_groups = {
-        f"semantic, {num_groups} groups": {"name": "semantic", LAYER_GROUPS: num_groups}
-        for num_groups in groups
-    }
+    in_groups = sides_in_groups(groups)
     cells = []
     for num_reqs, num_tokens in itertools.product(batches, contexts):
         if num_reqs * num_tokens <= MAX_TOKENS:
@@ -76,6 +74,11 @@ def run(
     out.write_text(json.dumps(report, indent=1) + "\n")
     console.print(_table(report))
     return report
+
+
+def sides_in_groups(groups: Iterable[int] = GROUPS) -> dict[str, dict[str, Any] | None]:
+    """Sides whose layers evict in groups of their own."""
+    return {f"semantic, {n} groups": {"name": "semantic", LAYER_GROUPS: n} for n in groups}
 
 
 def measure(

@@ -23,6 +23,9 @@ FIGURES = {
     "host_step_over_stock_idle_256": "scheduler's part of a step of 256 requests over stock's, "
     "budget never reached",
     "host_step_over_stock_evicting_256": "the same, every request over its budget",
+    "host_step_over_stock_evicting_256_2_groups": "the same, in 2 groups of layers",
+    "host_step_over_stock_evicting_256_4_groups": "the same, in 4 groups",
+    "host_step_over_stock_evicting_256_8_groups": "the same, in 8 groups",
 }
 
 PAIRS = (
