@@ -309,7 +309,7 @@ def capacity(model: str, rounds: int, sizes: Sizes) -> Found:
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": step_tokens,
         "kv_cache_memory_bytes": sizes.capacity_kv_bytes,
-        "hf_overrides": {"max_position_embeddings": 2 * max(contexts)},
+        "hf_overrides": {"max_position_embeddings": max(contexts) + BLOCK_SIZE * 64},
     }
     rows = {}
     with ExitStack() as stack:
