@@ -33,12 +33,10 @@ class Row:
     @property
     def engine_kwargs(self) -> dict[str, str]:
         """How the engine holds weights, and keys and values."""
-        parts = [part for part in self.quantization.split("+") if part != "none"]
-        caches = [part for part in parts if part in KV_CACHE_DTYPES]
-        weights = [part for part in parts if part not in caches]
-        return dict(zip(["kv_cache_dtype"], caches, strict=False)) | dict(
-            zip(["quantization"], weights, strict=False)
-        )
+        parts = (part for part in self.quantization.split("+") if part != "none")
+        return {
+            "kv_cache_dtype" if part in KV_CACHE_DTYPES else "quantization": part for part in parts
+        }
 
     def title(self, budgets: Sequence[int]) -> str:
         """How the row is called in tables: only what tells it from the others."""

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from ..engines import engine, manager_of, reset_trace
-from ..models import random_prompts
+from ..engines import engine, manager_of
+from .test_recall import PROMPTS, Result, run
 
 NGRAM = {
     "method": "ngram",
@@ -27,18 +27,6 @@ OPTIONS = {
     "recall_blocks": 1,
 }
 PARAMS = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True, detokenize=False)
-PROMPTS = random_prompts([1200, 40, 700, 512, 900, 250])
-
-
-def run(llm: Any, prompts: list[Any]) -> list[tuple[list[int], Any, Any]]:
-    """Tokens, evictions and recalls of each prompt."""
-    reset_trace(llm)
-    outputs = llm.generate(prompts, PARAMS, use_tqdm=False)
-    ids = sorted(llm.trace.evictions, key=lambda request_id: int(request_id.split("-")[0]))
-    return [
-        (list(output.outputs[0].token_ids), llm.trace.evictions[i], llm.trace.recalls.get(i))
-        for output, i in zip(outputs, ids, strict=True)
-    ]
 
 
 def counted(llm: Any, name: str) -> int:
@@ -47,10 +35,10 @@ def counted(llm: Any, name: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def without(llama: str) -> list[tuple[list[int], Any, Any]]:
+def without(llama: str) -> Result:
     kwargs = {"async_scheduling": False}  # as n-gram speculation has it
     with engine(llama, policy="semantic", kv_policy_config=OPTIONS, **kwargs) as llm:
-        return run(llm, PROMPTS)
+        return run(llm, PROMPTS, PARAMS)
 
 
 def speculate(model: str, num_blocks: int) -> dict[str, Any]:
@@ -64,19 +52,19 @@ def speculate(model: str, num_blocks: int) -> dict[str, Any]:
         enable_prefix_caching=True,
         num_gpu_blocks_override=num_blocks,
     ) as llm:
-        together = run(llm, PROMPTS)
+        together = run(llm, PROMPTS, PARAMS)
         num_preemptions = llm.trace.num_preemptions
         return {
             "together": together,
             "preemptions": num_preemptions,
-            "alone": [run(llm, [prompt])[0] for prompt in PROMPTS],
+            "alone": [run(llm, [prompt], PARAMS)[0] for prompt in PROMPTS],
             "accepted": counted(llm, "accepted_tokens"),
             "drafted": counted(llm, "draft_tokens"),
             "fallbacks": manager_of(llm).stats.fallbacks,
         }
 
 
-def test_drafts_change_nothing(without: list[tuple[list[int], Any, Any]], llama: str) -> None:
+def test_drafts_change_nothing(without: Result, llama: str) -> None:
     """A block goes when every token in it is settled, whatever was drafted and rejected.
 
     In a process of its own: speculation loads numba, and vLLM's search for the kernels of the next

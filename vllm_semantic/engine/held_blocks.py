@@ -76,7 +76,7 @@ class HeldBlocks:
             row = self._rows[request_id] = self._free.pop()
             self._columns[row] = self._columns[0]
         columns = self._columns[row]
-        gone = self._of_kernel(block_indices)
+        gone = of_kernel(block_indices, self.kernel_blocks)
         places = np.searchsorted(columns, gone)
         assert np.array_equal(columns[places], gone), "evicted, but not held"
         behind = columns[-1] + 1 + np.arange(gone.size)
@@ -95,18 +95,13 @@ class HeldBlocks:
         """
         row = self._rows[request_id]
         columns, size = self._columns[row], self._columns.shape[1]
-        back = self._of_kernel(list(blocks))
+        back = of_kernel(list(blocks), self.kernel_blocks)
         places = np.searchsorted(columns, back)
         self._columns[row] = np.insert(columns, places, back)[:size]
-        block_ids = self._of_kernel(list(blocks.values()))
+        block_ids = of_kernel(list(blocks.values()), self.kernel_blocks)
         self._block_ids[row] = np.insert(self._block_ids[row], places, block_ids)[:size]
         self._recalling.add(row)
         self._evicted_tokens[row] -= len(blocks) * self.block_size
-
-    def _of_kernel(self, blocks: BlockIndices) -> np.ndarray:
-        """The kernel blocks in blocks of the manager, by index or by id."""
-        first = np.multiply(blocks, self.kernel_blocks)
-        return np.add.outer(first, np.arange(self.kernel_blocks)).flatten()
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Give up what is known of requests that are gone or were preempted."""
@@ -141,3 +136,13 @@ class HeldBlocks:
         if not self._recalling.isdisjoint(rows.tolist()):
             block_ids = self._block_ids[:, :num_columns][rows]
         return HeldRows(self._columns[:, :num_columns][rows], evicted, left, block_ids)
+
+
+def of_kernel(blocks: Sequence[int], kernel_blocks: int) -> np.ndarray:
+    """The kernel blocks in blocks of the manager, by index, id or slot.
+
+    Args:
+        blocks: of the manager.
+        kernel_blocks: kernel blocks in each.
+    """
+    return np.add.outer(np.multiply(blocks, kernel_blocks), np.arange(kernel_blocks)).flatten()

@@ -11,7 +11,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from .held_blocks import HeldRows
+from .held_blocks import HeldRows, of_kernel
 from .host_blocks import HostBlocks
 
 
@@ -99,7 +99,7 @@ def plan_read(
     table = common.block_table_tensor
     device, block_size = table.device, builder.kv_cache_spec.block_size
     num_held = -(-int(held.seq_lens[row]) // block_size)
-    indices, slots = _of_kernel([*away], kernel_blocks), _of_kernel([*away.values()], kernel_blocks)
+    indices, slots = of_kernel([*away], kernel_blocks), of_kernel([*away.values()], kernel_blocks)
     columns = held.columns[row, :num_held]
     in_order = np.sort(np.append(columns, indices))
     seq_len = int(held.seq_lens[row]) + len(indices) * block_size
@@ -130,8 +130,3 @@ def plan_read(
         np.searchsorted(in_order, indices).tolist(),
         builder.build(0, alone),
     )
-
-
-def _of_kernel(blocks: list[int], kernel_blocks: int) -> np.ndarray:
-    """The kernel blocks in blocks of the manager, by index or by slot."""
-    return np.add.outer(np.multiply(blocks, kernel_blocks), np.arange(kernel_blocks)).flatten()

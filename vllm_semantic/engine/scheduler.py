@@ -192,6 +192,8 @@ class KVPolicyMixin(Scheduler):
                 if asked is None:  # in no group, then
                     break
                 step.score_requests.setdefault(group_id, {})[request_id] = asked
+            if self.host_pool is None:
+                continue
             for group_id, manager in self.kv_policy_managers.items():
                 if slots := manager.reads(request, end - num_new):
                     step.reads.setdefault(group_id, {})[request_id] = slots
