@@ -353,7 +353,8 @@ class ManagerMachine(RuleBasedStateMachine):
                 block_id = table[position // BLOCK_SIZE]
                 assert block_id != 0
                 slots = self.cache.setdefault(block_id, {})
-                slots[position % BLOCK_SIZE] = Slot(life.tokens.prefix(position), gone, group)
+                prefix = life.tokens.prefix(position)
+                slots[position % BLOCK_SIZE] = Slot(prefix, gone, not gone, group)
 
     def _check_asked(self, life: Life, group: int, asked: ScoreRequest | None) -> None:
         if asked is None:

@@ -30,7 +30,7 @@ from benchmarks.host import make_scheduler
 from vllm_semantic import register
 from vllm_semantic.engine.spec import semantic_spec
 from vllm_semantic.hooks import SCHEDULERS
-from vllm_semantic.messages import Owner, scores_of, step_of
+from vllm_semantic.messages import KVPolicyStep, Owner, scores_of, step_of
 from vllm_semantic.served import REQUEST_KEY, ServedPolicies
 
 from .lives import run_lives
@@ -555,7 +555,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
         assert output.scheduled_cached_reqs == stock.scheduled_cached_reqs
         assert output.finished_req_ids == stock.finished_req_ids
-        assert step_of(output) is None
+        step = step_of(output) or KVPolicyStep()
+        # The next turn of a session may ask at any token, and what asked is then looked at.
+        sessions = {name for name in step.keeps_queries if self.requests[name].resumable}
+        assert step == KVPolicyStep(keeps_queries=sessions)
         assert not any(manager.stats.evicted_blocks for manager in self.managers.values())
 
 
