@@ -1,8 +1,9 @@
 """Facts far back in a document, asked for with it and in a turn that comes later.
 
-All policies and budgets are served by one engine, each request under its own. A document is read
-once: with prefix caching on, every request about it finds the exact blocks of what comes before its
-first eviction.
+One engine serves all budgets of the semantic policy, beside the full cache and streaming, each
+request under its own; any other policy has an engine of its own. There a document is read once:
+with prefix caching on, every request about it finds the exact blocks of what comes before its first
+eviction.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from .rows import Row, recalls, rows_of, server_options
 from .shapes import kv_bytes
 
 AT_ONCE, LATER = "with the document", "in a later turn"
+
+EVERYWHERE = ("full", "streaming", "semantic")
+"""Policies of the rows that an engine with the semantic policy serves."""
 
 TASKS: dict[str, recall.Lookup] = {
     name: replace(task, num_asked=4)
@@ -76,10 +80,10 @@ def run(settings: Settings, out: Path = RESULTS / "turns.json") -> dict[str, Any
     report: dict[str, Any] = {"context": context(**asdict(settings)), "lengths": {}}
     console = Console()
     with progress_bar(console) as progress:
-        total = len(settings.num_tokens) * len(TASKS) * settings.questions
+        servers = _by_server(rows)
+        total = len(settings.num_tokens) * len(servers) * len(TASKS) * settings.questions
         bar = progress.add_task("", total=total)
         for num_tokens in settings.num_tokens:
-            progress.update(bar, description=f"{num_tokens} tokens: starting vLLM")
             asked = [
                 question
                 for name, task in TASKS.items()
@@ -88,16 +92,21 @@ def run(settings: Settings, out: Path = RESULTS / "turns.json") -> dict[str, Any
                 )
             ]
             asked.sort(key=lambda question: question.prompt_token_ids)  # document by document
-            with reader(settings.model, num_tokens, options, dtype=settings.dtype) as side:
-                answers: dict[str, dict[str, list[list[int]]]] = {}
-                progress.update(bar, description=f"{num_tokens} tokens: asking")
-                for question in asked:
-                    for when, prompt in _prompts(question, num_tokens, filler[0]):
-                        for row, answer in ask(side, rows, question, prompt):
-                            title = row.title(settings.budget)
-                            answers.setdefault(when, {}).setdefault(title, []).append(answer)
-                    progress.advance(bar)
-                evicted = side.stats()["evicted_blocks"]
+            answers: dict[str, dict[str, list[list[int]]]] = {}
+            evicted = 0
+            for server, of_server in servers.items():
+                progress.update(bar, description=f"{num_tokens} tokens, {server}: starting vLLM")
+                with reader(
+                    settings.model, num_tokens, options, server, dtype=settings.dtype
+                ) as side:
+                    progress.update(bar, description=f"{num_tokens} tokens, {server}: asking")
+                    for question in asked:
+                        for when, prompt in _prompts(question, num_tokens, filler[0]):
+                            for row, answer in ask(side, of_server, question, prompt):
+                                title = row.title(settings.budget)
+                                answers.setdefault(when, {}).setdefault(title, []).append(answer)
+                        progress.advance(bar)
+                    evicted += side.stats()["evicted_blocks"]
             found = {
                 when: {title: _accuracies(asked, of) for title, of in by_row.items()}
                 for when, by_row in answers.items()
@@ -109,14 +118,27 @@ def run(settings: Settings, out: Path = RESULTS / "turns.json") -> dict[str, Any
     return report
 
 
+def _by_server(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows that an engine with each of these policies serves."""
+    servers: dict[str, list[Row]] = {}
+    for row in rows:
+        name = row.policy.partition(":")[0]
+        servers.setdefault("semantic" if name in EVERYWHERE else name, []).append(row)
+    return servers
+
+
 def reader(
-    model: str, num_tokens: int, options: Mapping[str, Any] | None = None, **kwargs: Any
+    model: str,
+    num_tokens: int,
+    options: Mapping[str, Any] | None = None,
+    policy: str = "semantic",
+    **kwargs: Any,
 ) -> AbstractContextManager[RemoteEngine]:
     """An engine that cuts a document of ``num_tokens`` down when it is read, and not before; its
-    requests may have any policy."""
+    requests may ask for ``policy``, the full cache or streaming."""
     return engine(
         model,
-        "semantic",
+        policy,
         {MAX_REQUEST_TOKENS: num_tokens + ROOM, **(options or {})},
         max_model_len=num_tokens + ROOM,
         max_num_batched_tokens=num_tokens,

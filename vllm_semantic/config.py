@@ -30,6 +30,9 @@ _all_options.maxdict = 16
 SPECULATIVE_METHODS = ("ngram",)
 """What may draft tokens under a policy: it needs no KV cache of its own, and no slots ahead."""
 
+KV_CONNECTORS = ("OffloadingConnector",)
+"""What ``--kv-transfer-config`` may name under a policy: it can be told which blocks are exact."""
+
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 """What ``--kv-cache-dtype`` may be under a policy: an fp8 cache has one scale for the keys of a
 layer, and one for its values."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .config import (
     CONFIG_FLAG,
     KV_CACHE_DTYPES,
+    KV_CONNECTORS,
     POLICY_FLAG,
     SPECULATIVE_METHODS,
     WRAPPED_BACKENDS,
@@ -232,8 +233,9 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
         f"{', '.join(SPECULATIVE_METHODS)})": (
             speculative is not None and speculative.method not in SPECULATIVE_METHODS
         ),
-        f"--kv-transfer-config with {transfer and transfer.kv_connector} (allowed: none)": (
-            transfer is not None
+        f"--kv-transfer-config with {transfer and transfer.kv_connector} (allowed: "
+        f"{', '.join(KV_CONNECTORS)})": (
+            transfer is not None and transfer.kv_connector not in KV_CONNECTORS
         ),
         f"--kv-cache-dtype {cache.cache_dtype} (allowed: {', '.join(KV_CACHE_DTYPES)})": (
             cache.cache_dtype not in KV_CACHE_DTYPES

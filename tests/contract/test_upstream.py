@@ -9,6 +9,11 @@ import re
 from typing import Any
 
 import pytest
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+    OffloadingConnectorScheduler,
+    RequestOffloadState,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.common.offline import OfflineInferenceMixin
 from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
@@ -166,18 +171,28 @@ def test_a_lookup_says_what_it_found_and_where_it_ended() -> None:
     assert "num_new_computed_tokens + num_uncached if num_uncached else 0" in lookup
 
 
-def test_a_chunk_of_nothing_keeps_a_running_request_out_of_a_step() -> None:
-    """How one waits for the scores that say what the end of its prompt asks for."""
-    source = inspect.getsource(Scheduler.schedule)
-    running = source.partition("# Next, schedule the WAITING requests.")[0]
-    after = running.partition("self._reserve_prefill_lookahead(")[2]
-    assert re.search(r"if num_new_tokens == 0:.*?continue", after, re.DOTALL)
-
-
 def test_lookahead_reserves_for_drafts_only() -> None:
     """Why a decode step may skip vLLM's own answer."""
     source = inspect.getsource(Scheduler._reserve_prefill_lookahead)
     assert "0 < remaining < self.num_prefill_lookahead" in source
+
+
+def test_offloading_can_be_told_what_is_exact() -> None:
+    """The names that ``engine/offloading.py`` reads and writes, and what vLLM does with them."""
+    assert "self._max_loadable_tokens(request, num_computed_tokens)" in inspect.getsource(
+        OffloadingConnector.get_num_new_matched_tokens
+    )
+    asked = inspect.getsource(Scheduler.schedule)
+    assert asked.index("self._build_kv_connector_meta(") < asked.index("return scheduler_output")
+    named = inspect.getsource(OffloadingConnectorScheduler.__init__)
+    for name in ("config", "_req_status", "_current_batch_jobs_to_flush"):
+        assert f"self.{name}" in named
+    of_request = {field.name for field in dataclasses.fields(RequestOffloadState)}
+    assert {"group_states", "max_offload_tokens", "transfer_jobs"} <= of_request
+    offered = inspect.getsource(OffloadingConnectorScheduler._build_store_jobs)
+    assert offered.count("if block_id == 0:") == 2, "what is gone is not stored"
+    flushed = inspect.getsource(OffloadingConnectorScheduler)
+    assert "jobs_to_flush=self._current_batch_jobs_to_flush" in flushed
 
 
 def test_request_has_what_is_read() -> None:

@@ -91,12 +91,7 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
     "KV connector": (
         "llama",
         ["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'],
-        r"--kv-transfer-config with ExampleConnector \(allowed: none\)",
-    ),
-    "KV offloading": (
-        "llama",
-        ["--kv-offloading-size", "1"],
-        r"--kv-transfer-config with OffloadingConnector \(allowed: none\)",
+        r"--kv-transfer-config with ExampleConnector \(allowed: OffloadingConnector\)",
     ),
     "scales of tokens": (
         "llama",

@@ -49,7 +49,8 @@ class SemanticKVCacheManager(KVCacheManager):
     ) -> KVCacheBlocks | None:
         """Allocate slots as vLLM does; nothing is to be done up to :attr:`unchanged_until`."""
         end = request.num_computed_tokens + num_new_tokens
-        if end <= self.unchanged_until.get(request.request_id, 0):
+        until = self.unchanged_until.get(request.request_id)
+        if until is not None and end <= until:  # unknown of one that begins, with a prefix or not
             return self.empty_kv_cache_blocks
         blocks = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
         if blocks is not None:

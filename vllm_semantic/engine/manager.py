@@ -250,6 +250,11 @@ class SemanticManager(FullAttentionManager):
         self.stats_by_policy[policy.name].read_blocks += len(slots)
         return slots
 
+    @property
+    def evicting(self) -> Mapping[str, BlockIndices]:
+        """By request, what :meth:`take_evictions` will drain."""
+        return self._evictions
+
     def take_evictions(self) -> dict[str, BlockIndices]:
         """Drain the evictions since the last call, for the workers."""
         evictions, self._evictions = self._evictions, {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -11,6 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from ..config import capacity
 from ..messages import (
+    BlockIndices,
     KVPolicyStep,
     attach_policy,
     attach_step,
@@ -26,12 +28,17 @@ from ..served import REQUEST_KEY
 from .host_pool import HostPool
 from .kv_cache_manager import SemanticKVCacheManager
 from .manager import SemanticManager
+from .offloading import Offloading
 from .recalls import Recalls
 from .refusal import end_with_error
 from .spec import SemanticSpec
 from .stats import attach_changes
 
 if TYPE_CHECKING:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+        KVConnectorBase_V1,
+        KVConnectorMetadata,
+    )
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
@@ -75,6 +82,11 @@ class KVPolicyMixin(Scheduler):
             manager.is_first = manager is self._points_manager
             if self.host_pool is not None:
                 manager.recalls = Recalls(self.host_pool, manager.kv_cache_group_id)
+        self._offloading: Offloading | None = None
+        if self.connector is not None:
+            self._offloading = Offloading(
+                self.connector, self._points_manager.max_prefix_hit_tokens
+            )
         self._log_policy(spec)
 
     def add_request(self, request: Request) -> None:
@@ -265,6 +277,20 @@ class KVPolicyMixin(Scheduler):
             blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
             boundary = num_tokens + num_uncached if num_uncached else 0
         return blocks, num_tokens, boundary, diverged
+
+    def _build_kv_connector_meta(
+        self, connector: KVConnectorBase_V1, scheduler_output: SchedulerOutput
+    ) -> KVConnectorMetadata:
+        """Say what the step will copy; first, which blocks it may overwrite."""
+        assert self._offloading is not None
+        evicted: defaultdict[str, dict[int, BlockIndices]] = defaultdict(dict)
+        for group_id, manager in self.kv_policy_managers.items():
+            for request_id, blocks in manager.evicting.items():
+                evicted[request_id][group_id] = blocks
+        for request_id, of_groups in evicted.items():
+            num_exact = self._points_manager.num_exact_tokens(request_id)
+            self._offloading.lose(request_id, int(num_exact), of_groups)
+        return super()._build_kv_connector_meta(connector, scheduler_output)
 
     def _forget_progress(self, request: Request) -> None:
         """What is remembered of a request up to its next point no longer holds."""

@@ -97,8 +97,8 @@ class EvictionStats:
 def attach_changes(scheduler_stats: SchedulerStats, policy: str, stats: EvictionStats) -> None:
     """Send changes along with vLLM's ``SchedulerStats``.
 
-    They go where numbers by name travel already, since only declared fields do. What is there
-    is vLLM's for KV connectors, which a policy refuses. Who does not know of them ignores them.
+    They go where numbers by name travel already, since only declared fields do: beside the counts
+    of KV connectors, under names of our own. Who does not know of them ignores them.
     """
     numbers = scheduler_stats.num_kv_fetch_reqs_by_stage
     for name, change in stats.take_changes().items():
