@@ -150,14 +150,17 @@ class Held:
     size: int
     before: dict[int, float]
     """Scores at the last eviction point."""
+    asks: bool = False
+    """Whether the point ends a question: the highest layer decides, and the sink is out of it."""
 
     def tokens(self, block: int) -> slice:
         return slice(block * self.size, (block + 1) * self.size)
 
     def average(self, of_layer: Any) -> dict[int, float]:
-        """Mean over layers of what a layer says about each block."""
+        """What a layer says about each block: the mean over layers, or the highest."""
         of_layers = [of_layer(layer) for layer in self.layers]
-        return {b: sum(float(of[b]) for of in of_layers) / len(of_layers) for b in self.blocks}
+        of_blocks = {b: [float(of[b]) for of in of_layers] for b in self.blocks}
+        return {b: max(of) if self.asks else sum(of) / len(of) for b, of in of_blocks.items()}
 
     def attention(self, layer: Layer, num_queries: int) -> Any:
         """Of the last queries over what is held now, ``[num_heads, num_queries, point]``."""
@@ -507,9 +510,9 @@ class Oracle:
             of_group = layers[i * share : (i + 1) * share]
             scored = alive
             if case.recall and (asks or case.recall_blocks):
-                scored = sorted([*alive, *group.away])
+                scored = sorted([*(alive[num_sink:] if asks else alive), *group.away])
             before = {} if asks else group.scores
-            worth = RULES[case.rule](Held(self, of_group, scored, point, size, before))
+            worth = RULES[case.rule](Held(self, of_group, scored, point, size, before, asks))
             group.scores, group.scored_at = worth, point
             middle = alive[num_sink : len(alive) - num_recent]
             ranked = sorted((worth[block], block) for block in middle)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .ops.scoring import Reduction
 from .policies import KVPolicy
 from .policies.selection import EarlierTurn
 
@@ -48,13 +49,16 @@ class ScoreRequest:
     """The eviction point that the scores are for: tokens computed once the step has run."""
 
     block_indices: BlockIndices
-    """Logical indices: how the manager reads the answer."""
+    """Logical indices of the full blocks that are scored, and attended to by the scores."""
 
     block_ids: list[int]
     """Physical ids, in the same order, and behind them that of the block being filled, if any."""
 
     recallable: Mapping[int, int] = field(default_factory=dict)
     """Blocks that are in host memory only: the slot of each, by logical index."""
+
+    over_layers: Reduction = "mean"
+    """What the layers of a group together say of a block."""
 
     @property
     def scored_indices(self) -> BlockIndices:

@@ -8,7 +8,7 @@ import torch
 from vllm_semantic.ops.cached_blocks import CachedBlocks
 from vllm_semantic.ops.kernels import scoring
 from vllm_semantic.ops.scoring import (
-    Heads,
+    Reduction,
     cached_attention,
     cached_contribution,
     mean_key_cosine,
@@ -23,7 +23,6 @@ def reference(
     keys: torch.Tensor,
     block_ids: torch.Tensor,
     kernel_blocks: int,
-    heads: Heads,
 ) -> torch.Tensor:
     """Layer by layer, on keys that were gathered."""
     offsets = torch.arange(kernel_blocks)
@@ -31,7 +30,7 @@ def reference(
     scores = []
     for layer_queries, layer_keys in zip(queries, keys, strict=True):
         gathered = layer_keys[kernel_ids].transpose(1, 2).flatten(2, 3)
-        pairs = mean_key_cosine(layer_queries[rows].float(), gathered.float().unsqueeze(1), heads)
+        pairs = mean_key_cosine(layer_queries[rows].float(), gathered.float().unsqueeze(1))
         scores.append(pairs.squeeze(1))
     return torch.stack(scores)
 
@@ -46,7 +45,6 @@ def score_both(
     key_dtype: torch.dtype | None = None,
     transposed: bool = False,
     ids: tuple[int, ...] = (3, 0, 2, 3),
-    heads: Heads = "mean",
 ) -> None:
     """Hold the kernel to the reference on random inputs of one shape."""
     generator = torch.Generator().manual_seed(head_size + block_size)
@@ -71,8 +69,8 @@ def score_both(
         first_positions=torch.zeros(len(ids), dtype=torch.int64),
         scale=1.0,
     )
-    scores = scoring.mean_key_cosine(cached, heads)
-    expected = reference(queries, rows, keys, block_ids, kernel_blocks, heads)
+    scores = scoring.mean_key_cosine(cached)
+    expected = reference(queries, rows, keys, block_ids, kernel_blocks)
     assert scores.shape == (num_layers, len(ids))
     # Both sum in float32, in another order; the blocks' means do not cancel out.
     tokens = block_size * kernel_blocks
@@ -111,10 +109,6 @@ def test_numbers_of_blocks(ids: tuple[int, ...]) -> None:
     score_both(ids=ids)
 
 
-def test_the_highest_head() -> None:
-    score_both(12, 3, heads="max")
-
-
 def test_zero_vectors_have_no_direction() -> None:
     queries = torch.zeros(1, 1, 2, 64)
     keys = torch.zeros(1, 2, 2, 16, 64)
@@ -131,7 +125,7 @@ def attention_both(
     kernel_blocks: int = 1,
     num_queries: int = 8,
     dtype: torch.dtype = torch.float32,
-    heads: Heads = "mean",
+    heads: Reduction = "mean",
     transposed: bool = False,
     fp8: torch.dtype | None = None,
 ) -> None:

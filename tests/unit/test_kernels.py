@@ -65,7 +65,6 @@ def test_scoring_compiles(capability: int, keys: str, head_size: int) -> None:
         PADDED_BLOCK_SIZE=16,
         KERNEL_BLOCKS=1,
         EPSILON=scoring.EPSILON,
-        HIGHEST=False,
     )
 
 

@@ -165,8 +165,25 @@ def test_many_blocks_are_gathered_a_few_layers_at_a_time(monkeypatch: pytest.Mon
 def test_ranks_are_averaged_before_the_scores_travel() -> None:
     """As if a second rank held the same heads with the opposite direction."""
     group = {0: [random_layers(1)]}
-    opposite = BlockScorer(group, windows(), lambda scores, highest: scores[0] * 0)
+    opposite = BlockScorer(group, windows(), lambda scores, highest: scores * 0)
     assert opposite({0: {"a": ScoreRequest(STUDY, 8, [1], [1])}}).collect() == {0: {"a": [0.0]}}
+
+
+def test_the_highest_layer_decides_for_one_request_alone() -> None:
+    group = {0: [random_layers(2), random_layers(1)]}
+    layers: list[torch.Tensor] = []
+
+    def over_ranks(scores: torch.Tensor, highest: Sequence[bool]) -> torch.Tensor:
+        layers.append(scores)
+        return scores
+
+    asked = ScoreRequest(TOVAPolicy(), 13, [0, 2], [4, 6, 7])
+    of_all = {"a": asked, "b": replace(asked, over_layers="max")}
+    scores = BlockScorer(group, windows(), over_ranks)({0: of_all}).collect()[0]
+    (of_layers,) = layers
+    assert scores["a"] == of_layers[:, :2].mean(0).tolist()
+    assert scores["b"] == of_layers[:, 2:].amax(0).tolist()
+    assert scores["a"] != scores["b"]
 
 
 class FusedPolicy(TOVAPolicy):
@@ -234,7 +251,7 @@ def test_a_kernel_that_fails_still_takes_part_in_the_mean(policy: TOVAPolicy) ->
     def over_ranks(scores: torch.Tensor, highest: Sequence[bool]) -> torch.Tensor:
         added.append(tuple(scores.shape))
         assert list(highest) == [False] * 6
-        return scores.mean(0)
+        return scores
 
     scorer = BlockScorer(group, windows(), over_ranks)
     bad = {name: ScoreRequest(policy, 12, [0, 2], [4, 6, 7]) for name in ("a", "c")}

@@ -19,6 +19,7 @@ from ..messages import (
     extra_args_of,
     policy_of,
 )
+from ..ops.scoring import Reduction
 from ..policies import KVPolicy
 from ..policies.base import BlockBudget
 from ..policies.check import POLICY_ERRORS
@@ -185,6 +186,16 @@ class SemanticManager(FullAttentionManager):
             return None
         state = self._requests.setdefault(request_id, RequestBlocks())
         kept = state.kept_at(num_computed // self.block_size)
+        recallable: Mapping[int, int] = {}
+        # What comes back at a point that is not settled yet has to have a score at this one too.
+        unsettled = range(num_computed - self.eviction_delay, num_computed + 1)
+        if self.recall_blocks or any(self._ends_question(request, n) for n in unsettled):
+            recallable = self._away(request_id, policy, kept)
+            self.stats_by_policy[policy.name].read_blocks += len(recallable)
+        over_layers: Reduction = "mean"
+        if self._ends_question(request, num_computed):
+            # Few layers look for what is asked for, and heads that look for nothing at the sink.
+            over_layers, kept = "max", kept[self._budget_of(policy).sink :]
         blocks = self.req_to_blocks[request_id]
         held = list(kept)
         if num_computed % self.block_size:
@@ -193,13 +204,7 @@ class SemanticManager(FullAttentionManager):
         state.num_scored += len(kept)
         self.stats_by_policy[policy.name].scored_blocks += len(kept)
         block_ids = [blocks[i].block_id for i in held]
-        recallable: Mapping[int, int] = {}
-        # What comes back at a point that is not settled yet has to have a score at this one too.
-        unsettled = range(num_computed - self.eviction_delay, num_computed + 1)
-        if self.recall_blocks or any(self._ends_question(request, n) for n in unsettled):
-            recallable = self._away(request_id, policy, kept)
-            self.stats_by_policy[policy.name].read_blocks += len(recallable)
-        return ScoreRequest(policy, num_computed, kept, block_ids, recallable)
+        return ScoreRequest(policy, num_computed, kept, block_ids, recallable, over_layers)
 
     def record_scores(self, request_id: str, asked: ScoreRequest, scores: Sequence[float]) -> None:
         """Keep scores for the eviction they were asked for; the request must still hold blocks."""

@@ -1,4 +1,4 @@
-"""Block scores of one step: kept queries against the cache, averaged over layers."""
+"""Block scores of one step: kept queries against the cache, one score of all layers together."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from ..messages import BlockScores, ScoreRequest
 from ..ops.cached_blocks import CachedBlocks
 from ..ops.platform import runs_triton, threads_for
+from ..ops.scoring import Reduction
 from ..policies import BlockView, KVPolicy
 from ..policies.check import POLICY_ERRORS
 from ..policies.trial import AttentionShape, checked_scores
@@ -27,8 +28,8 @@ logger = init_logger(f"vllm.{__name__}")
 _T = TypeVar("_T")
 
 OverRanks = Callable[[torch.Tensor, Sequence[bool]], torch.Tensor]
-"""Makes of the scores ``[num_layers, num_blocks]`` of each tensor-parallel rank one of each block,
-the mean over layers: of the ranks' means, or where a block's flag says so of the highest."""
+"""Makes of the scores ``[num_layers, num_blocks]`` of each tensor-parallel rank those of all: the
+mean or, where a block's flag says so, the highest."""
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 """Keys, or values, of blocks by their ids: see ``CachedKV.gather_keys``."""
@@ -141,7 +142,7 @@ class BlockScorer:
     Args:
         groups: the layers of each KV cache group under the policy.
         windows: which rows hold a request's newest queries.
-        over_ranks: see :data:`OverRanks`; alone, a rank takes the mean over its layers.
+        over_ranks: see :data:`OverRanks`; alone, a rank keeps its own.
         host: what evicted blocks can be read from, if any can be recalled.
     """
 
@@ -149,7 +150,7 @@ class BlockScorer:
         self,
         groups: Mapping[int, Sequence[ScoredLayers]],
         windows: QueryWindows,
-        over_ranks: OverRanks = lambda scores, highest: scores.mean(0),
+        over_ranks: OverRanks = lambda scores, highest: scores,
         host: HostBlocks | None = None,
     ) -> None:
         self.groups = groups
@@ -191,11 +192,14 @@ class BlockScorer:
         self, group: Sequence[ScoredLayers], asked: Mapping[str, ScoreRequest]
     ) -> torch.Tensor:
         scores: list[torch.Tensor] = []
-        highest: list[bool] = []
-        for (policy, _), items in groupby(asked.items(), key=lambda item: _kind(item[1])):
+        highest_rank: list[bool] = []
+        highest_layer: list[bool] = []
+        kinds = groupby(asked.items(), key=lambda item: _kind(item[1]))
+        for (policy, over_layers, _), items in kinds:
             requests = dict(items)
             num_blocks = sum(len(request.scored_indices) for request in requests.values())
-            highest += [policy.over_ranks == "max"] * num_blocks
+            highest_rank += [policy.over_ranks == "max"] * num_blocks
+            highest_layer += [over_layers == "max"] * num_blocks
             of_policy = self._attempt(
                 partial(self._score_cached, policy, group, requests), group, requests
             )
@@ -205,7 +209,12 @@ class BlockScorer:
             for request_id, request in requests.items():
                 of_request = partial(self._score_request, group, request_id, request)
                 scores.append(self._attempt(of_request, group, {request_id: request}))
-        return self.over_ranks(torch.cat(scores, dim=1), highest)
+        of_layers = self.over_ranks(torch.cat(scores, dim=1), highest_rank)
+        means = of_layers.mean(0)
+        if not any(highest_layer):
+            return means
+        takes_highest = async_tensor_h2d(highest_layer, means.device, torch.bool)
+        return torch.where(takes_highest, of_layers.amax(0), means)
 
     def _attempt(
         self,
@@ -381,9 +390,9 @@ def _both(
     return torch.cat((gather(block_ids), gather_host(places)), dim=1).index_select(1, order)
 
 
-def _kind(request: ScoreRequest) -> tuple[KVPolicy, bool]:
+def _kind(request: ScoreRequest) -> tuple[KVPolicy, Reduction, bool]:
     """What requests that are scored together have in common."""
-    return request.policy, bool(request.recallable)
+    return request.policy, request.over_layers, bool(request.recallable)
 
 
 def _by_kind(asked: Mapping[str, ScoreRequest]) -> dict[str, ScoreRequest]:

@@ -271,16 +271,16 @@ class KVPolicyWorkerMixin(Worker):
 
     def _over_ranks(self, scores: torch.Tensor, highest: Sequence[bool]) -> torch.Tensor:
         """Every rank holds some of the KV heads, an equal number each: see ``OverRanks``."""
-        group, means = get_tp_group(), scores.mean(0)
+        group = get_tp_group()
         if group.world_size == 1:
-            return means
-        means = group.all_reduce(means) / group.world_size
+            return scores
+        means = group.all_reduce(scores) / group.world_size
         if not any(highest):
             return means
         dist.all_reduce(scores, dist.ReduceOp.MAX, group.device_group)
         takes_highest = async_tensor_h2d(highest, scores.device, torch.bool)
         # NaN, by which a rank says that its policy failed, is a number to a maximum.
-        return torch.where(takes_highest & ~means.isnan(), scores.mean(0), means)
+        return torch.where(takes_highest & ~means.isnan(), scores, means)
 
     # -- once, at start ----------------------------------------------------------------
 

@@ -7,19 +7,17 @@ import torch
 from .cached_blocks import CachedBlocks
 from .platform import runs_triton
 
-Heads = Literal["mean", "max"]
-"""What heads together say of a block: their mean, or what the one says that values it most."""
+Reduction = Literal["mean", "max"]
+"""How several scores of a block become one."""
 
 
-def over_heads(scores: torch.Tensor, dim: int, heads: Heads) -> torch.Tensor:
+def over_heads(scores: torch.Tensor, dim: int, heads: Reduction) -> torch.Tensor:
     """Reduce the scores of heads, in dimension ``dim``, to one score of each block."""
     return scores.amax(dim) if heads == "max" else scores.mean(dim)
 
 
-def mean_key_cosine(
-    queries: torch.Tensor, keys: torch.Tensor, heads: Heads = "mean"
-) -> torch.Tensor:
-    """Cosine of a query and a block's mean key, over the KV heads.
+def mean_key_cosine(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Cosine of a query and a block's mean key, the mean over the KV heads.
 
     Grouped-query attention: the query of a KV head is the mean of its group's heads.
     A zero query or mean key has cosine 0.
@@ -27,7 +25,6 @@ def mean_key_cosine(
     Args:
         queries: ``[num_layers, num_heads, head_size]`` fp32, one query.
         keys: ``[num_layers, num_blocks, num_kv_heads, block_size, head_size]``.
-        heads: the mean over the KV heads, or the highest.
 
     Returns:
         ``[num_layers, num_blocks]`` fp32 in [-1, 1], higher = keep.
@@ -36,10 +33,10 @@ def mean_key_cosine(
     query = queries.unflatten(1, (num_kv_heads, -1)).mean(2).unsqueeze(1)
     mean_key = keys.mean(3, dtype=torch.float32)
     cosines = torch.nn.functional.cosine_similarity(query, mean_key, dim=-1)
-    return over_heads(cosines, 2, heads)
+    return cosines.mean(2)
 
 
-def cached_mean_key_cosine(cached: CachedBlocks, heads: Heads = "mean") -> torch.Tensor | None:
+def cached_mean_key_cosine(cached: CachedBlocks) -> torch.Tensor | None:
     """:func:`mean_key_cosine` of blocks that stay where they are in the cache.
 
     All layers and blocks in one launch; each key is read once. Cosines do not depend on the
@@ -52,10 +49,10 @@ def cached_mean_key_cosine(cached: CachedBlocks, heads: Heads = "mean") -> torch
         return None
     from .kernels import scoring
 
-    return scoring.mean_key_cosine(cached, heads)
+    return scoring.mean_key_cosine(cached)
 
 
-def cached_attention(cached: CachedBlocks, heads: Heads = "mean") -> torch.Tensor | None:
+def cached_attention(cached: CachedBlocks, heads: Reduction = "mean") -> torch.Tensor | None:
     """The share of attention that each block receives from its request's newest queries.
 
     One launch finds the log of the sum of a block's exponentials; a softmax of these over the
@@ -78,7 +75,7 @@ def cached_attention(cached: CachedBlocks, heads: Heads = "mean") -> torch.Tenso
     return over_heads(received.mean(3), 2, heads)
 
 
-def cached_contribution(cached: CachedBlocks, heads: Heads = "mean") -> torch.Tensor | None:
+def cached_contribution(cached: CachedBlocks, heads: Reduction = "mean") -> torch.Tensor | None:
     """What each block adds to what its request's newest queries read.
 
     The attention that a token receives times the norm of its value, summed over the tokens of

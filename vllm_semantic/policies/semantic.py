@@ -8,7 +8,7 @@ import torch
 
 from ..ops.cached_blocks import CachedBlocks
 from ..ops.scoring import (
-    Heads,
+    Reduction,
     cached_attention,
     cached_contribution,
     cached_mean_key_cosine,
@@ -48,7 +48,7 @@ class SemanticPolicy(KVPolicy):
     recent_tokens: int = 128
     semantic_tokens: int = 128
     similarity: str = "contribution"
-    heads: Heads = "max"
+    heads: Reduction = "max"
     recall: bool = True
 
     @property
@@ -56,7 +56,7 @@ class SemanticPolicy(KVPolicy):
         return 1 if self.similarity == "study" else 8
 
     @property
-    def over_ranks(self) -> Heads:  # type: ignore[override]
+    def over_ranks(self) -> Reduction:  # type: ignore[override]
         return "mean" if self.similarity == "study" else self.heads
 
     @property

@@ -33,7 +33,6 @@ def mean_key_cosine_kernel(
     PADDED_BLOCK_SIZE: tl.constexpr,
     KERNEL_BLOCKS: tl.constexpr,
     EPSILON: tl.constexpr,
-    HIGHEST: tl.constexpr,
 ):
     block = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
@@ -51,7 +50,7 @@ def mean_key_cosine_kernel(
         + token[:, None] * key_stride_token
         + channel[None, :] * key_stride_channel
     )
-    total = float("-inf") if HIGHEST else 0.0
+    total = 0.0
     for head in range(NUM_KV_HEADS):
         query = tl.zeros([PADDED_HEAD_SIZE], tl.float32)
         for member in range(GROUP):
@@ -66,11 +65,11 @@ def mean_key_cosine_kernel(
         query_norm = tl.maximum(tl.sqrt(tl.sum(query * query, 0)), EPSILON)
         key_norm = tl.maximum(tl.sqrt(tl.sum(key * key, 0)), EPSILON)
         cosine = tl.sum(query * key, 0) / (query_norm * key_norm)
-        total = tl.maximum(total, cosine) if HIGHEST else total + cosine / NUM_KV_HEADS
+        total += cosine / NUM_KV_HEADS
     tl.store(out + layer * tl.num_programs(0) + block, total)
 
 
-def mean_key_cosine(cached: CachedBlocks, heads: str = "mean") -> torch.Tensor:
+def mean_key_cosine(cached: CachedBlocks) -> torch.Tensor:
     """Score blocks in the cache itself: see ``ops.scoring.cached_mean_key_cosine``."""
     num_layers, _, num_heads, head_size = cached.queries.shape
     num_kv_heads, block_size = cached.keys.shape[2:4]
@@ -94,7 +93,6 @@ def mean_key_cosine(cached: CachedBlocks, heads: str = "mean") -> torch.Tensor:
         PADDED_BLOCK_SIZE=triton.next_power_of_2(block_size),
         KERNEL_BLOCKS=cached.kernel_blocks,
         EPSILON=EPSILON,
-        HIGHEST=heads == "max",
     )
     return out
 
