@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m benchmarks demo`` and ``python -m benchmarks figures``."""
+"""The benchmarks; ``python -m benchmarks --help`` lists them."""

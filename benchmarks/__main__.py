@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 from . import (
     demo,
@@ -23,20 +24,50 @@ from .context import MODEL, RESULTS
 MODELS = "a folder, a name of a hub, or smollm2, which is fetched once; default: the bundled model"
 
 
-HELP = {
-    "demo": "perplexity, speed, memory and answers under each policy; 5 minutes",
-    "figures": "throughput, decode step, host time, and what a KV memory holds, against stock "
-    "vLLM; 45 minutes, a task alone 1 to 20",
-    "overhead": "what the policy adds to a step on the host, without a model; 1 minute",
-    "quality": "perplexity and recall under each policy, with intervals and plots; a row takes 1 "
-    "minute on the bundled model, 15 on SmolLM2",
-    "turns": "facts asked for with a document and in a later turn; 15 minutes a length on SmolLM2",
-    "variants": "variants of the semantic rule, without an engine; 1 minute a row",
-    "gpu": "correctness and speed on one GPU, random weights; 6 minutes",
-    "models": "fetch and convert the model that --model smollm2 names; 1 minute",
-    "readme": "write the tables of README.md and docs/ from benchmarks/results; seconds",
+class Task(NamedTuple):
+    """What ``--help`` says of a task."""
+
+    purpose: str
+    takes: str
+    """On two cores."""
+    writes: str = "benchmarks/results/{task}.json"
+
+
+TASKS = {
+    "demo": Task("perplexity, speed, memory and answers under each policy", "5 minutes"),
+    "figures": Task(
+        "throughput, decode step, host time, and what a KV memory holds, against stock vLLM",
+        "45 minutes, a task alone 1 to 20",
+    ),
+    "overhead": Task("what the policy adds to a step on the host, without a model", "1 minute"),
+    "quality": Task(
+        "perplexity and recall under each policy, with intervals",
+        "a row takes 1 minute on the bundled model, 15 on SmolLM2",
+        "benchmarks/results/quality.json and plots beside it",
+    ),
+    "turns": Task(
+        "facts asked for with a document and in a later turn", "15 minutes a length on SmolLM2"
+    ),
+    "variants": Task("variants of the semantic rule, without an engine", "1 minute a row"),
+    "gpu": Task(
+        "correctness and speed on one GPU, random weights",
+        "6 minutes",
+        "benchmarks/results/figures-gpu.json",
+    ),
+    "models": Task(
+        "fetch and convert the model that --model smollm2 names",
+        "1 minute",
+        "~/.cache/vllm-semantic",
+    ),
+    "readme": Task(
+        "make the tables from benchmarks/results", "seconds", "README.md and docs/, between marks"
+    ),
 }
-"""What each task is for, and how long it takes on two cores."""
+
+HELP = {
+    name: f"{task.purpose}; {task.takes}; writes {task.writes.format(task=name)}"
+    for name, task in TASKS.items()
+}
 
 
 def _names(value: str) -> tuple[str, ...]:
@@ -57,8 +88,8 @@ def _model(value: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measures of the KV policies; each writes a JSON with its context to "
-        "benchmarks/results, or where --out says. TASK --help has the options.",
+        description="Measures of the KV policies. A JSON has what was measured with its context; "
+        "--out puts it elsewhere. TASK --help has the options.",
     )
     tasks = parser.add_subparsers(dest="task", required=True)
 

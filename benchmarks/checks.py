@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from vllm_semantic.hooks import DEFAULT_BLOCK_SIZE
+from vllm_semantic.upstream.hooks import DEFAULT_BLOCK_SIZE
 
 from . import texts
 from .context import MODEL

@@ -29,8 +29,8 @@ from vllm_semantic.engine.query_windows import QueryWindows
 from vllm_semantic.engine.scorer import BlockScorer
 from vllm_semantic.engine.spec import semantic_spec
 from vllm_semantic.engine.worker import KVPolicyWorkerMixin
-from vllm_semantic.hooks import SCHEDULERS
 from vllm_semantic.served import CONFIG_KEY, ServedPolicies
+from vllm_semantic.upstream.hooks import SCHEDULERS
 
 
 class Seconds(NamedTuple):
@@ -244,7 +244,7 @@ class PolicyWorker(KVPolicyWorkerMixin, PlainWorker):
         for group_id, builder in zip(self._held, self._builders, strict=True):
             self._connect_builder(builder, group_id, max_num_blocks)
 
-    def batch_order(self, common: Any) -> list[str]:
+    def batch_order(self) -> list[str]:
         return self.batch
 
     def copy_stream(self) -> None:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from vllm_semantic.hooks import DEFAULT_BLOCK_SIZE
 from vllm_semantic.policies import POLICIES
 from vllm_semantic.policies.oracle import FUTURE_ATTENTION
 from vllm_semantic.recall import RECALL_BLOCKS, RECALL_GIB
+from vllm_semantic.upstream.hooks import DEFAULT_BLOCK_SIZE
 
 from . import recall, tables, texts
 from .context import RESULTS, context

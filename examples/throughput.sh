@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # vLLM's own throughput benchmark on a KV pool for eight full requests, without and with the
-# policy: 32 requests, each of which grows to 1,632 tokens.
+# policy: 32 requests, each of which grows to 1,632 tokens. Further flags are passed on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
@@ -11,5 +11,5 @@ bench() {
     --num-gpu-blocks-override 409 --kv-cache-memory-bytes 67108864 --enforce-eager "$@" |
     grep Throughput
 }
-echo "vLLM:" && bench
-echo "vLLM with --kv-policy semantic:" && bench --kv-policy semantic
+echo "vLLM:" && bench "$@"
+echo "vLLM with --kv-policy semantic:" && bench --kv-policy semantic "$@"

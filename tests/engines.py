@@ -143,7 +143,7 @@ def _follow(llm: Any) -> None:
         for request_id in output.num_scheduled_tokens:
             llm.trace.evictions.setdefault(request_id, {})
             for manager in getattr(scheduler, "kv_policy_managers", {}).values():
-                held = manager.num_kept_blocks(request_id)
+                held = sum(not b.is_null for b in manager.req_to_blocks.get(request_id, ()))
                 llm.trace.max_held[request_id] = max(held, llm.trace.max_held.get(request_id, 0))
         return output
 

@@ -34,7 +34,7 @@ def eviction_delay() -> int:
 
 def default_block_size() -> int:
     """What a policy sets where nobody says."""
-    from vllm_semantic.hooks import DEFAULT_BLOCK_SIZE
+    from vllm_semantic.upstream.hooks import DEFAULT_BLOCK_SIZE
 
     return DEFAULT_BLOCK_SIZE["cuda" if on_gpu() else "cpu"]
 

@@ -53,6 +53,7 @@ class Server:
         log: takes what the server prints; appended to.
         flags: of ``vllm serve``.
         environment: variables beside those of this process.
+        script: runs ``vllm serve`` instead, with the variables ``MODEL`` and ``PORT``.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Server:
         log: Path,
         flags: Sequence[str],
         environment: Mapping[str, str] | None = None,
+        script: Path | None = None,
     ) -> None:
         self.port = server_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -70,7 +72,9 @@ class Server:
         self.environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         self.environment |= {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         self.environment |= environment or {}
-        self.command = [*serve_command(model), f"--port={self.port}", *flags]
+        self.environment |= {"MODEL": str(model), "PORT": str(self.port)} if script else {}
+        command = [str(script)] if script else [*serve_command(model), f"--port={self.port}"]
+        self.command = [*command, *flags]
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=120)
         self.start()
 

@@ -14,7 +14,7 @@ __all__ = ["LLM", "register"]
 
 def register() -> None:
     """Entry point of the group ``vllm.general_plugins``; idempotent and cheap."""
-    from .hooks import install
+    from .upstream.hooks import install
 
     install()
 

@@ -10,7 +10,7 @@ from . import doctor, retention
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m vllm_semantic")
+    parser = argparse.ArgumentParser(prog="vllm-semantic")
     commands = parser.add_subparsers(required=True, metavar="command")
     command = commands.add_parser(
         "doctor",

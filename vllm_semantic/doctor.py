@@ -12,9 +12,11 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .config import POLICY_FLAG, WRAPPED_BACKENDS
-from .hooks import ALLOW_UNTESTED, SUPPORTED_VLLM, backend_member
 from .recall import GIB
 from .served import CONFIG_KEY, ServedPolicies, has_policy
+from .upstream.backends import backend_member, check_backend
+from .upstream.signatures import signatures
+from .upstream.versions import ALLOW_UNTESTED, SUPPORTED_VLLM, is_supported
 
 PLUGINS_GROUP = "vllm.general_plugins"
 ENTRY_POINT = "vllm_semantic:register"
@@ -77,7 +79,7 @@ def versions() -> Iterator[Finding]:
     import torch
     import vllm
 
-    supported = vllm.__version__.startswith(f"{SUPPORTED_VLLM}.")
+    supported = is_supported(vllm.__version__)
     note = f" (the plugin supports {SUPPORTED_VLLM}.*; {ALLOW_UNTESTED}=1 tries it)"
     yield Finding("vllm", f"{vllm.__version__}{'' if supported else note}", supported)
     yield Finding("torch", torch.__version__)
@@ -115,8 +117,6 @@ def hooks() -> Iterator[Finding]:
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from .upstream import signatures
-
     names = [
         entry_point.name
         for entry_point in importlib.metadata.entry_points(group=PLUGINS_GROUP)
@@ -141,7 +141,6 @@ def hooks() -> Iterator[Finding]:
 
 def backends() -> Iterator[Finding]:
     """Which attention backends a policy can wrap here."""
-    from .upstream import check_backend
 
     wrapped = 0
     for name in WRAPPED_BACKENDS:

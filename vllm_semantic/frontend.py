@@ -88,7 +88,8 @@ def checked(
     Raises:
         ValueError: see :meth:`~.served.ServedPolicies.choose`.
     """
-    served = ServedPolicies.from_config(vllm_config.additional_config[CONFIG_KEY])
+    config: Any = vllm_config.additional_config  # vLLM takes anything that hashes
+    served = ServedPolicies.from_config(config[CONFIG_KEY])
     block_size = vllm_config.cache_config.block_size
     policy = served.choose(extra_args[REQUEST_KEY], block_size, num_prompt_tokens, max_tokens)
     return {**extra_args, REQUEST_KEY: served.to_request(policy)}
@@ -117,7 +118,7 @@ def system_chats(
     if not system:
         return []
     content = system[-1].get("content") or ""
-    more = " -" if isinstance(content, str) else [{"type": "text", "text": " -"}]
+    more: Any = " -" if isinstance(content, str) else [{"type": "text", "text": " -"}]
     longer = [*system[:-1], {**system[-1], "content": content + more}]
     return [[*of, {"role": "user", "content": "-"}] for of in (system, longer)]
 

@@ -67,8 +67,9 @@ from vllm_semantic.engine.refusal import KVPolicyError
 from vllm_semantic.engine.scheduler import AsyncSemanticScheduler, SemanticScheduler
 from vllm_semantic.engine.spec import SemanticSpec
 from vllm_semantic.engine.worker import SemanticWorker
-from vllm_semantic.hooks import SCHEDULERS, WORKERS, backend_member, xformers_member
-from vllm_semantic.upstream import check_backend, overrides, parameters, signatures
+from vllm_semantic.upstream.backends import backend_member, check_backend, xformers_member
+from vllm_semantic.upstream.hooks import SCHEDULERS, WORKERS
+from vllm_semantic.upstream.signatures import overrides, parameters, signatures
 
 from ..platforms import on_gpu
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_semantic import doctor, upstream
+from vllm_semantic import doctor
+from vllm_semantic.upstream import signatures
 
 from ..platforms import on_gpu
 
@@ -93,9 +94,9 @@ def test_without_a_policy(llama: str) -> None:
 def test_another_vllm_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.__version__", "0.33.0")
     name = "vllm.v1.kv_cache_interface.replace_as"
-    monkeypatch.setitem(upstream.CALLED, name, ("spec", "another"))
+    monkeypatch.setitem(signatures.CALLED, name, ("spec", "another"))
     gone = "vllm.v1.kv_cache_interface.no_such_function"
-    monkeypatch.setitem(upstream.CALLED, gone, ())
+    monkeypatch.setitem(signatures.CALLED, gone, ())
     report = doctor.examine([])
     wrong = {f.name: f.value for findings in report.values() for f in findings if not f.ok}
     said = "0.33.0 (the plugin supports 0.32.*; VLLM_SEMANTIC_ALLOW_UNTESTED=1 tries it)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,6 +45,17 @@ def test_recall(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert numbers, said
     evicted, kept, came_back = map(int, numbers.groups())
     assert evicted > kept > came_back > 0
+
+
+def test_throughput() -> None:
+    """vLLM's own benchmark, of a few tokens here."""
+    script = ["examples/throughput.sh", "--num-prompts=2", "--random-output-len=40"]
+    run = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    plain, first, under_policy, second = run.stdout.strip().splitlines()
+    assert (plain, under_policy) == ("vLLM:", "vLLM with --kv-policy semantic:")
+    for said in (first, second):
+        assert re.match(r"Throughput: [\d.]+ requests/s", said)
 
 
 def test_a_policy_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:

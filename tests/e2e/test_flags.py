@@ -14,9 +14,10 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_semantic import upstream
-from vllm_semantic.engine.runner import access
-from vllm_semantic.hooks import SCHEDULERS, WORKERS, XFORMERS_BACKEND
+from vllm_semantic.upstream import signatures
+from vllm_semantic.upstream.backends import XFORMERS_BACKEND
+from vllm_semantic.upstream.hooks import SCHEDULERS, WORKERS
+from vllm_semantic.upstream.runners import access
 
 from ..platforms import default_block_size, on_gpu, stock_block_size
 
@@ -183,7 +184,7 @@ def test_another_vllm_is_tried_where_that_is_asked_for(
     monkeypatch.setattr("vllm.__version__", "0.31.2")
     monkeypatch.setenv("VLLM_SEMANTIC_ALLOW_UNTESTED", "1")
     gone = "vllm.v1.kv_cache_interface.no_such_function"
-    monkeypatch.setitem(upstream.CALLED, gone, ())
+    monkeypatch.setitem(signatures.CALLED, gone, ())
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     config = configure(llama, "--kv-policy", "semantic")
     assert config.parallel_config.worker_cls in WORKERS.values()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from vllm_semantic.hooks import SCHEDULERS
+from vllm_semantic.upstream.hooks import SCHEDULERS
 
 from .. import interpreter
 from ..engines import engine, manager_of, scheduler_of, worker_of

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 
-from vllm_semantic.hooks import unsupported_features
+from vllm_semantic.upstream.hooks import unsupported_features
 
 from .test_flags import configure
 

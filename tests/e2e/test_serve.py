@@ -39,7 +39,8 @@ FLAGS = [
 @pytest.fixture(scope="module")
 def server(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("serve") / "log"
-    with Server(repo / "models" / "lookback-5m", log, FLAGS) as server:
+    script = repo / "examples" / "serve.sh"
+    with Server(repo / "models" / "lookback-5m", log, FLAGS, script=script) as server:
         server.wait()
         yield server
         assert server.process.poll() is None, "the server died"

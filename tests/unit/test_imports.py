@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_semantic.hooks import WORKERS
+from vllm_semantic.upstream.hooks import WORKERS
 
 from ..platforms import stock_block_size
 
@@ -23,6 +23,7 @@ PURE_PACKAGES = [
     "vllm_semantic.config",
     "vllm_semantic.layer_groups",
     "vllm_semantic.messages",
+    "vllm_semantic.recall",
     "vllm_semantic.served",
     "vllm_semantic.frontend",
     "vllm_semantic.policies",

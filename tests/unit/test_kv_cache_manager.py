@@ -19,8 +19,8 @@ from vllm.v1.request import Request
 from benchmarks.host import make_scheduler
 from vllm_semantic import register
 from vllm_semantic.engine.spec import semantic_spec
-from vllm_semantic.hooks import SCHEDULERS
 from vllm_semantic.served import ServedPolicies
+from vllm_semantic.upstream.hooks import SCHEDULERS
 
 BLOCK_SIZE = 32
 NUM_BLOCKS = 8

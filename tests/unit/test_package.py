@@ -75,6 +75,8 @@ def test_the_sources_build_the_same(built: tuple[Path, Path], tmp_path: Path) ->
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "sdist", filter="data")
     (sources,) = (tmp_path / "sdist").iterdir()
+    for beside in ("CHANGELOG.md", "docs/design.md", "examples/serve.sh", "tests/oracle.py"):
+        assert (sources / beside).is_file()
     (tmp_path / "again").mkdir()
     assert names(build(sources, tmp_path / "again")[1]) == names(wheel)
 

@@ -34,7 +34,7 @@ def test_the_last_queries_of_each_request_are_kept_where_they_are_wanted(
         shown = windows.window(names[i], end, num_queries)
         assert len(shown) == min(num_queries, end)
         assert windows.window(names[i], end, 1).tolist() == shown[-1:].tolist()
-        assert shown[-1] == windows.newest_row(names[i], end)
+        assert shown[-1] == windows.window(names[i], end, 1)[0]
         in_step = min(new, num_queries)
         expected = list(range(int(starts[i + 1]) - in_step, int(starts[i + 1])))
         assert [kept[row] for row in shown[-in_step:].tolist()] == expected
@@ -42,9 +42,9 @@ def test_the_last_queries_of_each_request_are_kept_where_they_are_wanted(
 
 def test_rings_are_used_again() -> None:
     windows = QueryWindows(4, max_num_reqs=2)
-    first = windows.newest_row("a", 1) // 4
-    windows.newest_row("b", 1)
+    first = windows.window("a", 1, 1)[0] // 4
+    windows.window("b", 1, 1)
     with pytest.raises(IndexError):
-        windows.newest_row("c", 1)
+        windows.window("c", 1, 1)
     windows.forget(["a", "never seen"])
-    assert windows.newest_row("c", 1) // 4 == first
+    assert windows.window("c", 1, 1)[0] // 4 == first

@@ -37,7 +37,7 @@ def windows() -> QueryWindows:
     """As if these requests had run before: rings in this order."""
     rings = QueryWindows(WINDOW, MAX_REQS)
     for request_id in ("a", "idle", "b", "c"):
-        rings.newest_row(request_id, 1)
+        rings.window(request_id, 1, 1)
     return rings
 
 

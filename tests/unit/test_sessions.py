@@ -22,7 +22,6 @@ from vllm_semantic import register
 from vllm_semantic.engine.refusal import KVPolicyError
 from vllm_semantic.engine.sessions import asked_by, under_one_policy
 from vllm_semantic.engine.spec import semantic_spec
-from vllm_semantic.hooks import SCHEDULERS
 from vllm_semantic.messages import attach_scores, policy_of, step_of
 from vllm_semantic.policies.selection import (
     EarlierTurn,
@@ -31,6 +30,7 @@ from vllm_semantic.policies.selection import (
     prompt_end,
 )
 from vllm_semantic.served import ServedPolicies
+from vllm_semantic.upstream.hooks import SCHEDULERS
 
 BLOCK_SIZE = 4
 TURNS = (18, 13, 22)

@@ -276,10 +276,6 @@ class SemanticManager(FullAttentionManager):
         exact = None if state is None else state.num_exact_tokens
         return math.inf if exact is None else exact
 
-    def num_kept_blocks(self, request_id: str) -> int:
-        """Blocks the request holds now, the ones being filled included."""
-        return sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
-
     def filled_until(self, request: Request) -> int:
         """The number of computed tokens up to which a request needs no block and shares none.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vllm.utils.math_utils import cdiv
 
 from ..config import CONFIG_FLAG
-from .planning import _pool_bytes_per_block, get_kv_cache_groups, request_blocks
+from ..upstream.planning import _pool_bytes_per_block, get_kv_cache_groups, request_blocks
 from .spec import SemanticSpec
 
 if TYPE_CHECKING:

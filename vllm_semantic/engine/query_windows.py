@@ -68,13 +68,10 @@ class QueryWindows:
         rows = np.repeat(rings, kept) * self.num_queries + tokens % self.num_queries
         return np.column_stack([sources, rows])
 
-    def newest_row(self, request_id: str, num_tokens: int) -> int:
-        """The row of the query of token ``num_tokens - 1``."""
-        return int(self._rows(request_id, num_tokens, 1)[0])
-
     def window(self, request_id: str, num_tokens: int, num_queries: int) -> np.ndarray:
         """The rows of the last queries before ``num_tokens``, the newest last."""
-        return self._rows(request_id, num_tokens, min(num_queries, num_tokens))
+        tokens = np.arange(max(0, num_tokens - num_queries), num_tokens)
+        return self._ring(request_id) * self.num_queries + tokens % self.num_queries
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Free the rings of requests that are gone or were preempted."""
@@ -87,7 +84,3 @@ class QueryWindows:
         if ring is None:
             ring = self._rings[request_id] = self._free.pop()
         return ring
-
-    def _rows(self, request_id: str, num_tokens: int, count: int) -> np.ndarray:
-        tokens = np.arange(num_tokens - count, num_tokens)
-        return self._ring(request_id) * self.num_queries + tokens % self.num_queries

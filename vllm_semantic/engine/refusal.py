@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
@@ -34,20 +33,3 @@ def refusing() -> Iterator[None]:
         raise
     except ValueError as error:
         raise KVPolicyError(str(error)) from error
-
-
-def end_with_error(errors: Any, request_id: str) -> None:
-    """Have a scheduler end a request with an error in its next step.
-
-    Args:
-        errors: its ``grammar_compile_error_reqs``: a set, which says no more, or since 0.33 what
-            to answer by request.
-        request_id: a request that waits.
-    """
-    if isinstance(errors, set):
-        errors.add(request_id)
-        return
-    from vllm.outputs import RequestError
-
-    message = f"{REQUEST_KEY}: not what this server allows; its log says why"
-    errors[request_id] = RequestError("validation_error", message)

@@ -25,12 +25,12 @@ from ..messages import (
 )
 from ..policies import KVPolicy
 from ..served import REQUEST_KEY
+from ..upstream.versions import end_with_error
 from .host_pool import HostPool
 from .kv_cache_manager import SemanticKVCacheManager
 from .manager import SemanticManager
 from .offloading import Offloading
 from .recalls import Recalls
-from .refusal import end_with_error
 from .spec import SemanticSpec
 from .stats import attach_changes
 

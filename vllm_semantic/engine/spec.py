@@ -10,12 +10,12 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 
 from ..config import POLICY_FLAG
-from ..hooks import register_spec
 from ..layer_groups import split_layers
 from ..policies import KVPolicy
 from ..policies.base import BlockBudget
 from ..recall import host_slots
 from ..served import ServedPolicies
+from ..upstream.hooks import register_spec
 from .manager import SemanticManager
 
 if TYPE_CHECKING:

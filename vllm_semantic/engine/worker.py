@@ -23,7 +23,6 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
-from ..hooks import wrapped_attention_backends
 from ..messages import (
     KVPolicyStep,
     ScoreRequest,
@@ -33,6 +32,8 @@ from ..messages import (
 )
 from ..policies.trial import num_judged_blocks
 from ..served import CONFIG_KEY, ServedPolicies
+from ..upstream.backends import wrapped_attention_backends
+from ..upstream.runners import access
 from .backend import CapturingImpl, CompactingBuilder, StepBuffers
 from .cached_kv import CachedKV, Packing, quantized, stack_layers
 from .held_blocks import HeldBlocks, HeldRows
@@ -42,7 +43,6 @@ from .layers import check_layers
 from .pool import explain_shortage
 from .query_windows import QueryWindows
 from .reserved_memory import reserved_memory
-from .runner import access
 from .scorer import BlockScorer, PendingScores, ScoredLayers
 from .spec import SemanticSpec, semantic_specs
 
@@ -245,7 +245,7 @@ class KVPolicyWorkerMixin(Worker):
         assert common.seq_lens_cpu_upper_bound is not None
         return self._windows.place(
             self._keeps_queries,
-            self.runner_access.batch_order(common),
+            self.runner_access.batch_order(),
             common.query_start_loc_cpu.numpy(),
             common.seq_lens_cpu_upper_bound.numpy(),
         )
@@ -255,9 +255,7 @@ class KVPolicyWorkerMixin(Worker):
         if not self._in_step or not held:
             return None
         assert common.seq_lens_cpu_upper_bound is not None
-        return held.rows(
-            self.runner_access.batch_order(common), common.seq_lens_cpu_upper_bound.numpy()
-        )
+        return held.rows(self.runner_access.batch_order(), common.seq_lens_cpu_upper_bound.numpy())
 
     def _host_reads(
         self, group_id: int, common: CommonAttentionMetadata
@@ -266,7 +264,7 @@ class KVPolicyWorkerMixin(Worker):
         if group_id not in self._reads:
             return {}
         reads = self._reads[group_id]
-        order = enumerate(self.runner_access.batch_order(common))
+        order = enumerate(self.runner_access.batch_order())
         return {row: reads[request_id] for row, request_id in order if request_id in reads}
 
     def _over_ranks(self, scores: torch.Tensor, highest: Sequence[bool]) -> torch.Tensor:

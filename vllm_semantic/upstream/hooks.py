@@ -10,12 +10,10 @@ import argparse
 import copy
 import functools
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .config import (
+from ..config import (
     CONFIG_FLAG,
     KV_CACHE_DTYPES,
     KV_CONNECTORS,
@@ -25,29 +23,25 @@ from .config import (
     check_block_size,
     resolve_policy_class,
 )
-from .frontend import asks_for_policy, check_places, checked, system_chats, with_pinned
-from .layer_groups import LAYER_GROUPS, LAYER_SKEW, check_layer_groups
-from .policies import POLICIES, KVPolicy
-from .policies.trial import AttentionShape
-from .recall import RECALL_BLOCKS, RECALL_GIB
-from .served import (
+from ..frontend import asks_for_policy, check_places, checked, system_chats, with_pinned
+from ..layer_groups import LAYER_GROUPS, LAYER_SKEW, check_layer_groups
+from ..policies import POLICIES, KVPolicy
+from ..policies.trial import AttentionShape
+from ..recall import RECALL_BLOCKS, RECALL_GIB
+from ..served import (
     CONFIG_KEY,
     MAX_REQUEST_TOKENS,
     ServedPolicies,
     flags_to_config,
     has_policy,
 )
+from .backends import wants_xformers, xformers_member
+from .versions import check_vllm_version
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.kv_cache_interface import KVCacheSpec
-
-SUPPORTED_VLLM = "0.32"
-
-ALLOW_UNTESTED = "VLLM_SEMANTIC_ALLOW_UNTESTED"
-"""An environment variable: 1 lets a policy run on another vLLM."""
 
 SCHEDULERS = {
     False: "vllm_semantic.engine.scheduler.SemanticScheduler",
@@ -61,11 +55,6 @@ WORKERS = {
 
 DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16, "xformers": 64}
 """Smallest block that a platform's kernels handle well."""
-
-XFORMERS_BACKEND = "vllm_semantic.engine.xformers_backend.XFormersBackend"
-
-WRAPPED_MODULE = "vllm_semantic.engine.backend"
-"""Has each of the wrapped backends under its name."""
 
 _SpecT = TypeVar("_SpecT", bound="type[KVCacheSpec]")
 
@@ -183,36 +172,6 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return value
-
-
-def check_vllm_version() -> None:
-    """Refuse a vLLM whose internals the plugin was not written for, or warn of it.
-
-    Raises:
-        ValueError: vLLM is not of the supported minor version, and :data:`ALLOW_UNTESTED` is not
-            set to 1.
-    """
-    from vllm import __version__
-    from vllm.logger import init_logger
-
-    if __version__.startswith(f"{SUPPORTED_VLLM}."):
-        return
-    if os.environ.get(ALLOW_UNTESTED) != "1":
-        raise ValueError(
-            f"{POLICY_FLAG} does not support vLLM {__version__}; allowed: {SUPPORTED_VLLM}.*, "
-            f"or {ALLOW_UNTESTED}=1 to try it untested"
-        )
-    from .upstream import signatures
-
-    changed = [f"{name} {problem}" for name, problem in signatures() if problem is not None]
-    init_logger(f"vllm.{__name__}").warning(
-        "%s has not been tested with vLLM %s, only with %s.*; of vLLM's methods that it stands on, "
-        "these have changed: %s",
-        POLICY_FLAG,
-        __version__,
-        SUPPORTED_VLLM,
-        "; ".join(changed) or "none",
-    )
 
 
 def unsupported_features(vllm_config: VllmConfig) -> list[str]:
@@ -359,7 +318,7 @@ def check_requests() -> None:
 
 
 def _checking_inputs(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
-    from .engine.refusal import refusing
+    from ..engine.refusal import refusing
 
     @functools.wraps(process_inputs)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -407,7 +366,7 @@ def _checked_rendered(
     extra_args: Any, vllm_config: VllmConfig, prompt: Any, max_tokens: Any
 ) -> Any:
     """The same of a prompt that has been rendered; others are left to the input processor."""
-    from .engine.refusal import refusing
+    from ..engine.refusal import refusing
 
     if not extra_args or not isinstance(prompt, dict) or "type" not in prompt:
         return extra_args
@@ -450,7 +409,7 @@ def _checking_response(generate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keeping_policy(add_session: Callable[..., Any]) -> Callable[..., Any]:
-    from .engine.sessions import under_one_policy
+    from ..engine.sessions import under_one_policy
 
     @functools.wraps(add_session)
     async def wrapper(
@@ -481,7 +440,7 @@ def _with_extra_args(to_beam_search_params: Callable[..., Any]) -> Callable[...,
 
 
 def _searching_online(beam_search: Callable[..., Any]) -> Callable[..., Any]:
-    from .engine.beams import searching
+    from ..engine.beams import searching
 
     @functools.wraps(beam_search)
     def wrapper(
@@ -497,7 +456,7 @@ def _searching_online(beam_search: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _searching_offline(beam_search: Callable[..., Any]) -> Callable[..., Any]:
-    from .engine.beams import searching
+    from ..engine.beams import searching
 
     @functools.wraps(beam_search)
     def wrapper(self: Any, prompts: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -512,7 +471,7 @@ def _adding_middleware(init_middleware: Callable[..., Any]) -> Callable[..., Any
     @functools.wraps(init_middleware)
     def wrapper(args: Any, app: Any, *more: Any, **kwargs: Any) -> Any:
         if has_policy(args):
-            from .middleware import MisplacedPolicies
+            from ..middleware import MisplacedPolicies
 
             app.add_middleware(MisplacedPolicies)  # first, so behind vLLM's authentication
         return init_middleware(args, app, *more, **kwargs)
@@ -522,8 +481,8 @@ def _adding_middleware(init_middleware: Callable[..., Any]) -> Callable[..., Any
 
 def _checking_batch(run_request: Callable[..., Any]) -> Callable[..., Any]:
     """Requests of a batch file have a route each and pass no middleware."""
-    from .engine.refusal import refusing
-    from .middleware import PLACES
+    from ..engine.refusal import refusing
+    from ..middleware import PLACES
 
     @functools.wraps(run_request)
     async def wrapper(serve: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -539,7 +498,7 @@ def _checking_batch(run_request: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _pinning_chat(preprocess: Callable[..., Any]) -> Callable[..., Any]:
-    from .engine.refusal import refusing
+    from ..engine.refusal import refusing
 
     @functools.wraps(preprocess)
     async def wrapper(self: Any, request: Any, messages: Any, *args: Any, **kwargs: Any) -> Any:
@@ -628,55 +587,9 @@ def _adding_stat_logger(init: Callable[..., None]) -> Callable[..., None]:
     def wrapper(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         init(self, vllm_config, *args, **kwargs)
         if has_policy(vllm_config):
-            from .engine.metrics import KVPolicyStatLogger
+            from ..engine.metrics import KVPolicyStatLogger
 
             # The first, since it takes what is ours out of what the others log.
             self.stat_loggers.insert(0, KVPolicyStatLogger(vllm_config, self.engine_indexes))
 
     return wrapper
-
-
-@contextmanager
-def wrapped_attention_backends() -> Iterator[None]:
-    """While a model loads, let vLLM choose among wrapped attention backends.
-
-    The overrides end with the load: another engine in the same process finds vLLM's own.
-    """
-    from vllm.v1.attention import selector
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    known = AttentionBackendEnum.__members__  # XFORMERS only if it was asked for
-    members = [known[name] for name in WRAPPED_BACKENDS if name in known]
-    selector._cached_get_attn_backend.cache_clear()
-    for member in members:
-        register_backend(member, f"{WRAPPED_MODULE}.{member.name}")
-    try:
-        yield
-    finally:
-        for member in members:
-            member.clear_override()
-        selector._cached_get_attn_backend.cache_clear()
-
-
-def wants_xformers(engine_args: Any) -> bool:
-    """Whether ``--attention-backend XFORMERS`` was given; vLLM still holds it as a string."""
-    backend = engine_args.attention_backend or engine_args.attention_config.backend
-    return str(getattr(backend, "name", backend)).upper() == "XFORMERS"
-
-
-def backend_member(name: str) -> AttentionBackendEnum:
-    """One of :data:`~.config.WRAPPED_BACKENDS`, as vLLM names it."""
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    return xformers_member() if name == "XFORMERS" else AttentionBackendEnum[name]
-
-
-def xformers_member() -> AttentionBackendEnum:
-    """The backend of our own, registered on first use; imports no xformers."""
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    if "XFORMERS" not in AttentionBackendEnum.__members__:
-        member = AttentionBackendEnum.register("XFORMERS", XFORMERS_BACKEND)
-        # A spawned process unpickles the configuration before it loads plugins.
-        member.__reduce_ex__ = lambda protocol: (xformers_member, ())  # type: ignore[method-assign]
-    return AttentionBackendEnum["XFORMERS"]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as GPUModelRunnerV1
@@ -21,7 +20,7 @@ class RunnerAccess(ABC):
     name: str
 
     @abstractmethod
-    def batch_order(self, common: CommonAttentionMetadata) -> Sequence[str]:
+    def batch_order(self) -> Sequence[str]:
         """The requests of the batch whose metadata is being built, row by row."""
 
     @abstractmethod
@@ -41,7 +40,7 @@ class RunnerV1(RunnerAccess):
     def __init__(self, runner: GPUModelRunnerV1) -> None:
         self._runner = runner
 
-    def batch_order(self, common: CommonAttentionMetadata) -> Sequence[str]:
+    def batch_order(self) -> Sequence[str]:
         return self._runner.input_batch.req_ids
 
     @contextmanager
@@ -75,7 +74,7 @@ class RunnerV2(RunnerAccess):
 
         runner.prepare_attn = follow
 
-    def batch_order(self, common: CommonAttentionMetadata) -> Sequence[str]:
+    def batch_order(self) -> Sequence[str]:
         return self._order
 
     @contextmanager

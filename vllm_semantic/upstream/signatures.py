@@ -9,10 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from typing import Any
 
 OVERRIDDEN = (
     (
@@ -128,8 +125,8 @@ CALLED = {
         "block_hashes",
         "max_cache_hit_length",
     ),
-    "vllm_semantic.engine.planning.get_kv_cache_groups": ("vllm_config", "kv_cache_spec"),
-    "vllm_semantic.engine.planning._pool_bytes_per_block": ("vllm_config", "kv_cache_groups"),
+    "vllm_semantic.upstream.planning.get_kv_cache_groups": ("vllm_config", "kv_cache_spec"),
+    "vllm_semantic.upstream.planning._pool_bytes_per_block": ("vllm_config", "kv_cache_groups"),
     "vllm.v1.kv_cache_interface.replace_as": ("spec", "target_cls"),
     "vllm.v1.kv_cache_spec_registry.register_kv_cache_spec": (
         "manager_class",
@@ -176,29 +173,6 @@ def overrides(ours: type, base: type) -> Iterator[tuple[str, str | None]]:
             yield name, _difference(function, upstream)
         elif "super" in function.__code__.co_names:
             yield name, "is gone"
-
-
-def check_backend(member: AttentionBackendEnum) -> None:
-    """Whether an attention backend can be wrapped as the plugin does it.
-
-    Raises:
-        ImportError: it does not import on this platform.
-        TypeError: vLLM passes its implementation or its builder something else.
-    """
-    from vllm.v1.attention.backend import AttentionMetadataBuilder
-
-    from .engine.backend import CapturingImpl
-
-    try:
-        backend = member.get_class()
-        forward, builder = backend.get_impl_cls().forward, backend.get_builder_cls()
-    except (ImportError, RuntimeError, AttributeError) as error:  # as their libraries have it
-        raise ImportError(f"{type(error).__name__}: {error}") from error
-    passed = parameters(CapturingImpl.forward)[:-2]
-    if parameters(forward)[: len(passed)] != passed:
-        raise TypeError(f"{member.name}: forward takes {', '.join(parameters(forward))}")
-    if not issubclass(builder, AttentionMetadataBuilder):
-        raise TypeError(f"{member.name}: {builder.__name__} is no AttentionMetadataBuilder")
 
 
 def _difference(ours: Callable[..., Any], upstream: Callable[..., Any]) -> str | None:
