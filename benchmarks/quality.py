@@ -1,4 +1,4 @@
-"""What a cache loses: perplexity and recall under each policy, with intervals.
+"""Quality: perplexity and recall under each policy, with intervals.
 
 Through real engines, many documents in one batch. ``decode`` forces a text token by token, so
 that a policy acts as it does in generation; ``prefill`` reads it in chunks, as prompts are.

@@ -61,6 +61,7 @@ def run() -> None:
             ("real-one-group", "real-one-group", _rules),
             ("real-few-groups", "real-few-groups", _rules),
             ("turns", "turns", _turns),
+            ("turns-others", "turns-others", _turns),
             ("turns-in-groups", "turns-in-groups", _turns),
             ("quality", "quality", _quality),
             ("recall", "quality", _recall),

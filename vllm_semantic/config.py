@@ -1,4 +1,5 @@
-"""From names and options to a policy: validation, messages that help."""
+"""Builds a policy from its name and options; an error names the flag, the value and what is
+allowed."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 SYSTEM_ROLES = ("system", "developer")
 
 CONTENT = frozenset({"metadata", "response_format", "structured_outputs", "text", "output_config"})
-"""Objects of a request with names of the client's own."""
+"""Fields of a request whose keys are the client's own: no policy is looked for in them."""
 MAX_DEPTH = 4
-"""Of the objects that are searched for a policy."""
+"""How many levels of nested objects are searched for a policy."""
 
 
 def asks_for_policy(extra_args: Mapping[str, Any] | None, vllm_config: VllmConfig) -> bool:

@@ -16,13 +16,22 @@ class LLM(vllm.LLM):
 
     Args:
         model: as in ``vllm.LLM``.
-        kv_policy: ``"full"``, ``"streaming"``, ``"semantic"``, the qualified name of a
-            :class:`~vllm_semantic.policies.KVPolicy` class, or ``None`` for vLLM untouched.
-        kv_policy_config: the policy's options, e.g. ``{"semantic_tokens": 512}``, or their JSON
-            text, and ``max_request_tokens``, the largest budget that a request may ask for in
-            ``SamplingParams(extra_args={"kv_policy": {...}})``, ``layer_groups``, how many
-            equal shares of the layers evict for themselves, and ``layer_skew_tokens``, how many
-            tokens more than the budget the last of them keeps, and the first fewer.
+        kv_policy: a key of :data:`~vllm_semantic.policies.POLICIES`, such as ``"semantic"``, or
+            the qualified name of a :class:`~vllm_semantic.policies.KVPolicy` class. ``None``
+            serves vLLM unchanged.
+        kv_policy_config: an object or its JSON text: the policy's options, e.g.
+            ``{"semantic_tokens": 512}``, and beside them
+
+            - ``max_request_tokens``: the largest budget that a request may ask for in
+              ``SamplingParams(extra_args={"kv_policy": {...}})``;
+            - ``layer_groups``: into how many equal groups the full-attention layers are split,
+              each of which evicts for itself;
+            - ``layer_skew_tokens``: how many tokens more than the budget the last group keeps,
+              and the first fewer;
+            - ``recall_gib``: GiB of host memory for evicted blocks, which may come back at the
+              end of a prompt;
+            - ``recall_blocks``: how many may come back at each eviction point of an answer too.
+
         **kwargs: as in ``vllm.LLM``.
 
     Raises:

@@ -58,7 +58,8 @@ class ScoreRequest:
     """Blocks that are in host memory only: the slot of each, by logical index."""
 
     over_layers: Reduction = "mean"
-    """What the layers of a group together say of a block."""
+    """How a block's scores in the layers of a group become one: their mean, or, at the end of a
+    question, their maximum."""
 
     @property
     def scored_indices(self) -> BlockIndices:
@@ -84,6 +85,7 @@ class KVPolicyStep:
     """
 
     evictions: dict[int, dict[str, BlockIndices]] = field(default_factory=dict)
+    """Logical indices of the blocks that a request has lost since the last step."""
 
     recalls: dict[int, dict[str, dict[int, int]]] = field(default_factory=dict)
     """Where on the device a block is that came back, by logical index. After the evictions."""
@@ -92,10 +94,11 @@ class KVPolicyStep:
     """Between the device and host memory; of all groups."""
 
     reads: dict[int, dict[str, Mapping[int, int]]] = field(default_factory=dict)
-    """What the tokens of this step see beside the blocks on the device, where they ask: slots in
-    host memory by logical index."""
+    """Where this step computes the last tokens of a prompt: the evicted blocks that their attention
+    reads in host memory, slots by logical index."""
 
     score_requests: dict[int, dict[str, ScoreRequest]] = field(default_factory=dict)
+    """Which blocks to score after the forward pass, where the step ends at an eviction point."""
 
     keeps_queries: set[str] = field(default_factory=set)
     """Requests of which this step computes queries that an eviction will look at."""

@@ -1,4 +1,4 @@
-"""A policy in a place of an HTTP request where no route reads it."""
+"""Refuses an HTTP request with a policy in a place where its route does not read one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PLACES: dict[str, tuple[str, ...] | None] = {
 class MisplacedPolicies:
     """ASGI middleware: a policy that would be ignored is a 400 that names the right place.
 
-    A body without the word costs a search for it.
+    A body without the word ``kv_policy`` is passed on without being parsed.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -27,7 +27,7 @@ def check_recall_gib(value: object) -> float:
 
 
 def check_recall_blocks(value: object, recall_gib: float) -> int:
-    """Refuse what is no number of blocks, or one that nothing would come of.
+    """Refuse what is no number of blocks, or blocks that no host memory keeps.
 
     Raises:
         ValueError: names the flag, the value and what is allowed.

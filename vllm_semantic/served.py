@@ -122,13 +122,14 @@ class ServedPolicies:
 
     @cached_property
     def classes(self) -> dict[str, type[KVPolicy]]:
-        """What a request may name."""
+        """The policy classes that a request may name, by name."""
         choices = {} if self.max_request_tokens == 0 else {name: POLICIES[name] for name in CHOICES}
         return choices | {self.name: type(self.default)}
 
     @cached_property
     def rules(self) -> tuple[KVPolicy, ...]:
-        """A policy for each way in which workers may be asked for scores."""
+        """The policies that workers may have to score for: the server's own, and one for every
+        combination of words that the options of a class in :attr:`classes` allow."""
         policies = [self.default]
         if self.max_request_tokens != 0:
             policies += [policy for cls in self.classes.values() for policy in _variants(cls)]
@@ -220,7 +221,7 @@ class ServedPolicies:
         return words
 
     def describe(self, block_size: int) -> str:
-        """What a request may ask for, for a person."""
+        """What a request may ask for, in words: the names, and the largest budget in blocks."""
         if self.max_request_tokens == 0:
             return "none of their own"
         largest = self._max_request_blocks(block_size)
@@ -228,7 +229,8 @@ class ServedPolicies:
         return f"{', '.join(self.classes)}, {most}"
 
     def to_request(self, policy: KVPolicy) -> dict[str, Any]:
-        """What :meth:`choose` makes ``policy`` of, for any request."""
+        """A policy in the form in which a request asks for it, ``{"name": ..., **options}``;
+        :meth:`choose` makes an equal policy of that."""
         name = next(name for name, cls in self.classes.items() if cls is type(policy))
         return {"name": name, **_options_of(policy)}
 
@@ -270,7 +272,7 @@ def has_policy(config: Any) -> bool:
 def flags_to_config(
     name: str | None, options: Mapping[str, Any] | str | None
 ) -> dict[str, Any] | None:
-    """The form in which flags travel, validated; ``None`` where no policy is asked for.
+    """Turn the two flags into ``additional_config["kv_policy"]``; ``None`` without a policy.
 
     Args:
         name: of the policy.

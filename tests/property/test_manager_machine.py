@@ -22,6 +22,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_semantic.engine.kv_cache_manager import SemanticKVCacheManager
 from vllm_semantic.engine.manager import SemanticManager
 from vllm_semantic.engine.spec import SemanticSpec
 from vllm_semantic.messages import ScoreRequest
@@ -121,12 +122,14 @@ class ManagerMachine(RuleBasedStateMachine):
         specs = [
             KVCacheGroupSpec([f"layer {i}"], replace(spec, layer_group=i)) for i in self.groups
         ]
-        self.kv_cache_manager = KVCacheManager(
-            KVCacheConfig(num_blocks, [], specs),
-            max_model_len=MAX_MODEL_LEN,
-            scheduler_block_size=BLOCK_SIZE,
-            hash_block_size=BLOCK_SIZE,
-            enable_caching=self.caching,
+        self.kv_cache_manager = SemanticKVCacheManager.take_over(
+            KVCacheManager(
+                KVCacheConfig(num_blocks, [], specs),
+                max_model_len=MAX_MODEL_LEN,
+                scheduler_block_size=BLOCK_SIZE,
+                hash_block_size=BLOCK_SIZE,
+                enable_caching=self.caching,
+            )
         )
         self.pool = self.kv_cache_manager.block_pool
         self.managers = list(self.kv_cache_manager.coordinator.single_type_managers)
@@ -251,6 +254,8 @@ class ManagerMachine(RuleBasedStateMachine):
             num_new = self.manager.clip_to_eviction_point(request, start, num_new)
             assert num_new > 0
         before = [self._table(life, group) for group in self.groups]
+        # The short way is for schedulers that settle a step before the next eviction.
+        self.kv_cache_manager.forget(request.request_id)
         new_blocks = self.kv_cache_manager.allocate_slots(
             request, num_new, num_new_computed_tokens=num_hit, new_computed_blocks=hit
         )

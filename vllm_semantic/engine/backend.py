@@ -118,6 +118,21 @@ class CompactingBuilder:
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Any:
+        """Build the backend's metadata of a step over the blocks that its requests still hold.
+
+        Args:
+            common_prefix_len: as in vLLM, passed on.
+            common_attn_metadata: of the step, evicted blocks included: ``block_table_tensor``
+                ``[num_reqs, max_num_blocks]`` int32 in kernel blocks, ``seq_lens``
+                ``[num_reqs]`` int32 in tokens.
+            fast_build: as in vLLM, passed on.
+
+        Returns:
+            The backend's own metadata with two attributes more: ``query_places``,
+            ``[1 + n, 2]`` int64, which queries to keep and where (see
+            :func:`~..ops.queries.keep_queries`), ``None`` for none; and ``host_reads``, a
+            :class:`~.host_reads.HostRead` for each row that reads host memory.
+        """
         common, query_places = common_attn_metadata, None
         reads: list[HostRead] = []
         if self.buffers is not None:
@@ -232,6 +247,25 @@ class CapturingImpl:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
+        """Attend as the backend does, and keep the queries that an eviction will look at.
+
+        Rows that read host memory attend once more, to their blocks on the device and in host
+        memory together, which overwrites their part of ``output``.
+
+        Args:
+            layer: the attention layer.
+            query: ``[num_tokens, num_heads, head_size]`` of the model's dtype, after RoPE.
+            key: ``[num_tokens, num_kv_heads, head_size]``, after RoPE.
+            value: ``[num_tokens, num_kv_heads, head_size]``.
+            kv_cache: the layer's, ``[num_blocks, ...]`` in kernel blocks.
+            attn_metadata: from :meth:`CompactingBuilder.build`; ``None`` in a profiling run.
+            output: as the backend takes it, tokens first; written in place.
+            *args: as in vLLM, passed on.
+            **kwargs: as in vLLM, passed on.
+
+        Returns:
+            What the backend returns.
+        """
         if self.newest_queries is not None and attn_metadata is not None:
             places = attn_metadata.query_places
             if places is not None:

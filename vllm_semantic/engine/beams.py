@@ -41,7 +41,7 @@ class BeamEngine:
 
 
 def searching(search: SearchT, engine: str, extra_args: Mapping[str, Any]) -> SearchT:
-    """What runs a beam search, with a :class:`BeamEngine`.
+    """A copy of what runs a beam search, whose engine gives each beam the search's policy.
 
     Args:
         search: a serving class, or an ``LLM``; it stays as it is.

@@ -19,11 +19,11 @@ class Loop(NamedTuple):
     """One of the nested loops over what a kernel keeps of a head in a block."""
 
     size: int
-    """Times around."""
+    """Iterations."""
     tokens: int
-    """Tokens further with each, within the block."""
+    """Tokens that an iteration moves on, within the block."""
     channels: int
-    """Channels further with each."""
+    """Channels that an iteration moves on."""
 
 
 class Packing(NamedTuple):

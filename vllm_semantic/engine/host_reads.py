@@ -1,4 +1,5 @@
-"""Attention over blocks on the device and in host memory together, for those who ask."""
+"""Attention over a request's blocks on the device and in host memory, for the last tokens of a
+prompt."""
 
 from __future__ import annotations
 
@@ -52,10 +53,11 @@ class HostRead:
     """Kernel blocks in host memory."""
 
     host_places: list[int]
-    """Where each belongs."""
+    """Where each of :attr:`slots` belongs among all of the request's kernel blocks."""
 
     metadata: Any
-    """The backend's, of this request alone and all its blocks in order."""
+    """The backend's metadata of this request alone: its block table names all of its kernel blocks
+    from 0, in order."""
 
     def gather(
         self, kv_cache: torch.Tensor, host_kv: torch.Tensor, staging: Staging
@@ -68,7 +70,7 @@ class HostRead:
             staging: overwritten.
 
         Returns:
-            What :attr:`metadata` numbers from 0.
+            ``[num_kernel_blocks, ...]``, a view of the staging; :attr:`metadata` is over it.
         """
         together = staging.kv_cache[: len(self.places) + len(self.slots)]
         together[self.places] = kv_cache[self.block_ids]

@@ -63,7 +63,7 @@ class SemanticKVCacheManager(KVCacheManager):
             super().cache_blocks(request, num_computed_tokens)
 
     def _cache_exact_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        """Make blocks shareable in no group that hold a token computed after an eviction."""
+        """Offer blocks for sharing, in any group, but none computed after an eviction in one."""
         for manager in self.coordinator.single_type_managers:
             if isinstance(manager, SemanticManager):
                 exact = manager.num_exact_tokens(request.request_id)

@@ -1,4 +1,5 @@
-"""What the layers of a loaded model do that no policy can serve; not every config says so."""
+"""Refuses attention layers that a policy cannot serve, once a model is loaded: some show only
+then."""
 
 from __future__ import annotations
 

@@ -47,7 +47,8 @@ QUESTION_TOKENS = 256
 """The most tokens at the end of a prompt that see evicted blocks, and choose which come back."""
 
 RECALL_MARGIN = 0.1
-"""By which share of its score a block has to be beaten by one that would come back."""
+"""A recalled block must score this share higher than the block it replaces (0.1 = 10 %). At the end
+of a question any higher score is enough."""
 
 MAX_BUDGETS = 1024
 """Policies of requests whose budgets are remembered."""
@@ -101,7 +102,8 @@ class SemanticManager(FullAttentionManager):
         self.num_steps = 0
         """Scheduler steps so far, this one included. Written by the scheduler."""
         self.quiet_until: dict[str, float] = {}
-        """By request, the computed tokens up to which nothing is asked of the workers for it."""
+        """By request, a number of computed tokens. While a step ends at or before it, the workers
+        keep none of the request's queries, score none of its blocks and read no host memory."""
         self._budget_of = lru_cache(MAX_BUDGETS)(kv_cache_spec.budget)
         self._least_blocks = lru_cache(MAX_BUDGETS)(kv_cache_spec.least_budget_blocks)
         self._points: dict[str, float] = {}
@@ -173,7 +175,10 @@ class SemanticManager(FullAttentionManager):
         return num_computed + num_new > self.quiet_until[request_id]
 
     def score_request(self, request: Request, num_computed: int) -> ScoreRequest | None:
-        """Ask for scores if the step just scheduled ends where blocks have to go.
+        """Ask for scores if the step just scheduled ends where blocks have to go, or may come back.
+
+        At the end of a question the sink blocks are left out, and the highest layer counts in
+        place of the mean.
 
         Args:
             request: a request of the step.
@@ -354,21 +359,6 @@ class SemanticManager(FullAttentionManager):
             state.num_exact_tokens = start
             stats = self.stats_by_policy[self.policy_of(request_id).name]
             stats.evicting_requests += self.is_first
-
-    def cache_blocks(
-        self,
-        request: Request,
-        num_tokens: int,
-        retention_interval: int | None = None,
-        *,
-        replay_boundaries: Sequence[int],
-    ) -> None:
-        """Offer blocks for sharing, but none that was computed after an eviction."""
-        exact = self.num_exact_tokens(request.request_id)
-        num_tokens = num_tokens if num_tokens <= exact else int(exact)
-        super().cache_blocks(
-            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
-        )
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """Forget the request: it finished, was aborted, or was preempted."""

@@ -59,6 +59,6 @@ class Recalls:
         return {of: dict(sorted(places.items())) for of, places in back.items() if places}
 
     def forget(self, request_id: str) -> None:
-        """A request is gone, or was preempted."""
+        """Drop the state of a request that finished, was aborted or preempted."""
         self._back.pop(request_id, None)
         self.host.forget(Owner(self.group_id, request_id))

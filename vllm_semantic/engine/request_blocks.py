@@ -44,6 +44,7 @@ class RequestBlocks:
 
     @property
     def num_evicted(self) -> int:
+        """Full blocks that the request has lost and not got back, as of the last eviction point."""
         return self.num_seen - len(self.kept)
 
     def kept_at(self, num_full_blocks: int) -> BlockIndices:

@@ -39,6 +39,7 @@ class ReservedMemory(NamedTuple):
 
     @property
     def total(self) -> int:
+        """Bytes of all parts together."""
         return sum(self)
 
     def __str__(self) -> str:

@@ -28,8 +28,8 @@ logger = init_logger(f"vllm.{__name__}")
 _T = TypeVar("_T")
 
 OverRanks = Callable[[torch.Tensor, Sequence[bool]], torch.Tensor]
-"""Makes of the scores ``[num_layers, num_blocks]`` of each tensor-parallel rank those of all: the
-mean or, where a block's flag says so, the highest."""
+"""Reduces the scores ``[num_layers, num_blocks]`` fp32 of a rank over all tensor-parallel ranks: to
+their mean or, for blocks whose flag is set, to their maximum."""
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 """Keys, or values, of blocks by their ids: see ``CachedKV.gather_keys``."""
@@ -87,7 +87,7 @@ def scratch_bytes(
 
 
 def has_kernel(policy: KVPolicy) -> bool:
-    """Whether a policy may score blocks in the cache itself."""
+    """Whether a policy has a kernel that scores blocks in place, in the cache."""
     return type(policy).score_cached is not KVPolicy.score_cached
 
 
@@ -101,7 +101,8 @@ class PendingScores:
     """
 
     host_seconds = 0.0
-    """What scoring took on the host; on a GPU the kernels run on. Written by the worker."""
+    """Seconds of scoring on the host. On a GPU the kernels may still run then. Written by the
+    worker."""
 
     def __init__(
         self,
@@ -185,7 +186,7 @@ class BlockScorer:
         return PendingScores(asked, means, copy_stream)
 
     def forget(self, request_ids: set[str]) -> None:
-        """Let go of requests that are gone or were preempted."""
+        """Drop the state of requests that finished, were aborted or preempted."""
         self.failed -= request_ids
 
     def _score_group(

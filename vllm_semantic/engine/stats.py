@@ -25,8 +25,10 @@ class EvictionStats:
     """Times that a request gave up blocks, in whatever number of groups."""
 
     evicted_blocks: int = 0
+    """Blocks that requests gave up; one that is evicted again after a recall counts again."""
 
     scored_blocks: int = 0
+    """Blocks on the device that the workers were asked to score, at every eviction point anew."""
 
     evicting_requests: int = 0
     """Requests that went over budget; one that was preempted since counts again."""
@@ -53,7 +55,7 @@ class EvictionStats:
     """Evicted blocks that requests could no longer have back: host memory was full."""
 
     recovered_blocks: int = 0
-    """What the running requests have given up. Not a counter: it falls as they finish."""
+    """Blocks evicted from requests that are running now, less those that came back. A gauge."""
 
     host_bytes: int = 0
     """Host memory that evicted blocks take now, of all tensor-parallel ranks; counted under the

@@ -68,6 +68,7 @@ class ScoredAsyncOutput(AsyncModelRunnerOutput):
         self._scores = scores
 
     def get_output(self) -> ModelRunnerOutput:
+        """Wait for the step's tokens and scores; the output with the scores attached."""
         output = self._output.get_output()
         _attach(output, self._scores)
         return output

@@ -19,10 +19,11 @@ SINK, RECENT = "sink_tokens", "recent_tokens"
 """The parts of a budget that no score decides about."""
 
 RECALL = "recall"
-"""The option by which blocks of a request do not come back."""
+"""The option that says whether evicted blocks may come back from host memory."""
 
 FINAL = ("budget", "budget_tokens", "options", "parts", "recalls", "scores_blocks")
-"""What the engine relies on, in every step and outside of what guards against a policy."""
+"""Names that no policy may override. The engine uses them in every step, outside the code that
+catches what a policy raises."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class BlockBudget:
 
     @property
     def total(self) -> int:
+        """Blocks of all parts together."""
         return self.sink + self.recent + self.selected
 
     def shifted(self, blocks: int) -> BlockBudget:
@@ -75,19 +77,20 @@ class KVPolicy(ABC):
     """False for a policy that never evicts."""
 
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """What each option that is a word allows."""
+    """The words that an option allows, by option, for those that take words."""
 
     num_queries: ClassVar[int] = 1
-    """How many of the newest queries :meth:`score` sees: a window that ends at the eviction
-    point. Each costs ``max_num_seqs x heads x head_size`` elements a layer."""
+    """How many of the newest queries :meth:`score` sees: the query window that ends at the
+    eviction point. The window takes ``num_queries x max_num_seqs x num_heads x head_size``
+    elements of device memory in every layer."""
 
     decay: ClassVar[float] = 0.0
-    """What is left of a block's score at the next eviction point, where the new score is added
-    to it: 0 forgets, 1 is a sum over all points."""
+    """The share of a block's score that still counts at the next eviction point, where the new
+    score is added to it: 0 forgets it, 1 makes the score a sum over all points."""
 
     over_ranks: ClassVar[Literal["mean", "max"]] = "mean"
-    """What tensor-parallel ranks, each of which scores with its own heads, make of a block in a
-    layer: the mean of their scores, or the highest."""
+    """How the scores of a block in a layer become one where tensor-parallel ranks score it, each
+    with its own heads: their mean, or their maximum."""
 
     sink_tokens: int = 0
     """First tokens of a sequence, never evicted."""
@@ -99,10 +102,15 @@ class KVPolicy(ABC):
     """Which of the two says what a block is worth: the one that the class overrides."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """See that what a class overrides is what runs.
+        """Check what a subclass overrides, and note which of :meth:`score` and :meth:`rank` it has.
+
+        Properties named ``num_queries``, ``decay`` or ``over_ranks`` are computed once for each
+        policy. A class with a new :meth:`score` does not inherit :meth:`score_cached`, the kernel
+        of the old one.
 
         Raises:
-            TypeError: the class overrides what the engine relies on, or both scores.
+            TypeError: the class overrides one of :data:`FINAL`, equality or hash, or both
+                :meth:`score` and :meth:`rank`.
         """
         super().__init_subclass__(**kwargs)
         for method in FINAL:
@@ -189,8 +197,10 @@ class KVPolicy(ABC):
             view: queries, keys and values of the request.
 
         Returns:
-            ``[num_layers, num_full_blocks]`` fp32, higher = keep. The engine averages over
-            layers and, as :attr:`over_ranks` says, ranks, and applies :attr:`decay`.
+            ``[num_layers, num_full_blocks]`` fp32, higher = keep. The engine reduces it over
+            ranks as :attr:`over_ranks` says, takes the mean over layers and applies
+            :attr:`decay`; at the end of a question it takes the highest layer, and earlier
+            scores do not count.
 
         Raises:
             TypeError: the policy keeps blocks by age alone.

@@ -1,7 +1,7 @@
-"""What the author of a policy can get wrong, found before it serves, by name.
+"""Checks a policy's class and options before it serves; an error names the attribute and its fix.
 
-A policy is anybody's code. Here its class, and what its options make of it, are held to what
-:class:`~.base.KVPolicy` promises; :mod:`~.trial` sees what its score or rank returns.
+A policy may be anybody's code, so its class, and each policy that is built from options, is held to
+the rules of :class:`~.base.KVPolicy`. :mod:`~.trial` checks what its score or rank returns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .base import RECENT, SINK, KVPolicy
 from .options import allowed, option_types, parse
 
 POLICY_ERRORS = (Exception, SystemExit)
-"""What the code of a policy may raise that is no reason for an engine to end."""
+"""What a policy's code may raise without ending the engine."""
 
 RESERVED = (
     "name",
@@ -34,9 +34,11 @@ RESERVED = (
     "recall_gib",
     "recall_blocks",
 )
-"""What no option can be called: read of the class, or of a request beside its options."""
+"""Names that no option may have: those of a policy's class variables, and of what a request or the
+server sets beside the options."""
 
 MAX_QUERIES = 1024
+"""The largest ``num_queries`` of a policy."""
 
 
 class PolicyError(ValueError):
@@ -44,7 +46,7 @@ class PolicyError(ValueError):
 
 
 def is_built_in(cls: type[KVPolicy]) -> bool:
-    """Whether the project's own tests have checked it."""
+    """Whether a class is one of :data:`~.POLICIES`, which the project's own tests check."""
     return cls in POLICIES.values()
 
 
@@ -253,7 +255,7 @@ def check_policy(policy: KVPolicy) -> None:
 
 
 def check_judged(policy: KVPolicy, options: Mapping[str, Any]) -> None:
-    """See that a score is only left unused where somebody asked for that.
+    """Refuse a policy that keeps nothing by score, unless its options ask for that.
 
     Args:
         policy: made with these options.

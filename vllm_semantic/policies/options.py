@@ -122,7 +122,7 @@ def parse(option: str, annotation: Any, value: object) -> Any:
 
 
 def to_json(value: object) -> Any:
-    """What :func:`parse` makes ``value`` of, in types that JSON and msgpack have."""
+    """The value of an option in types that JSON and msgpack have; :func:`parse` reads it back."""
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, tuple):

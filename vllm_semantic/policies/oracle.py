@@ -1,4 +1,4 @@
-"""Oracle: what a rule could do that knew the attention to come."""
+"""Oracle: the blocks with the most attention to come, which a request brings with it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

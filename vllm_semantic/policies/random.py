@@ -1,4 +1,4 @@
-"""Random: what a choice without any sense is worth."""
+"""Random: blocks drawn by lot, the baseline of every rule that scores blocks."""
 
 import random
 from collections.abc import Mapping, Sequence

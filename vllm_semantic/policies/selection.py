@@ -79,10 +79,10 @@ class Question(NamedTuple):
     """The last tokens of a prompt, or of a session's next turn: they say what is asked for."""
 
     start: int
-    """Tokens before its first."""
+    """Index of its first token."""
 
     end: int
-    """Tokens once its last is computed."""
+    """Index behind its last token."""
 
 
 def question_after(

@@ -32,8 +32,8 @@ class SemanticPolicy(KVPolicy):
       Its decay is faster.
     - ``study``: the cosine of the newest query and a block's mean key, averaged over the heads.
 
-    ``heads`` says what the heads of a layer together make of a block: what the head says to which
-    it is worth most, ``max``, or the ``mean``.
+    ``heads`` says how a block's scores under the heads of a layer become one score: ``max`` is the
+    highest of them, ``mean`` their mean. With ``study`` it is the mean in any case.
 
     ``recall`` says whether evicted blocks may come back, where there is host memory for them.
     """

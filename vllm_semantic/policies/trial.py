@@ -14,10 +14,11 @@ from .check import POLICY_ERRORS, PolicyError, reason
 from .view import BlockView
 
 ON_ANY_DEVICE = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, TypeError)
-"""Mistakes in Python. What else a score raises on a CPU may be for want of a GPU."""
+"""Errors in a policy's Python code, the same on a CPU and a GPU. With a CUDA build of torch, any
+other error that a trial on the CPU raises may be for want of a GPU, and is not refused here."""
 
 NUM_LAYERS = 2
-"""Of a view that is tried; the engine splits layers into as many views as memory wants."""
+"""Layers of the view that a score is tried on. The engine may score a model in several views."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def try_out(policy: KVPolicy, shape: AttentionShape) -> None:
 
 
 def num_judged_blocks(policy: KVPolicy, block_size: int) -> int:
-    """As many blocks as a policy judges at least, one more than its budget; at most 64 to try."""
+    """How many full blocks a policy is tried on: one more than its budget, at most 64."""
     return min(policy.budget(block_size).total + 1, 64)
 
 

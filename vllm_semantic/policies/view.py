@@ -24,7 +24,7 @@ class BlockView:
 
     keys: torch.Tensor
     """``[num_layers, num_blocks, num_kv_heads, block_size, head_size]`` fp32: the full blocks,
-    and behind them the one being filled, if any."""
+    and behind them the one being filled, if any; at the end of a question without the sink."""
 
     read_values: Callable[[], torch.Tensor]
     """Reads :attr:`values`, which most policies never look at."""
@@ -45,6 +45,7 @@ class BlockView:
 
     @property
     def block_size(self) -> int:
+        """Tokens of a block."""
         return self.keys.shape[3]
 
     @property

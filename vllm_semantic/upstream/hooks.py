@@ -1,4 +1,4 @@
-"""Every place where the plugin touches vLLM's registries and classes.
+"""What the plugin wraps of vLLM's classes, and registers with it, attention backends apart.
 
 Each hook says what it is for and where it attaches in vLLM 0.32; ``tests/contract`` holds
 every upstream signature used here. Without a policy none of them changes anything.
