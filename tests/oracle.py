@@ -511,7 +511,7 @@ class Oracle:
             scored = alive
             if case.recall and (asks or case.recall_blocks):
                 scored = sorted([*(alive[num_sink:] if asks else alive), *group.away])
-            before = {} if asks else group.scores
+            before = {} if asks or (case.recall and case.recall_blocks) else group.scores
             worth = RULES[case.rule](Held(self, of_group, scored, point, size, before, asks))
             group.scores, group.scored_at = worth, point
             middle = alive[num_sink : len(alive) - num_recent]

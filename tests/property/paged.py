@@ -187,10 +187,11 @@ class ExpectedRequest:
         if not over_budget and not is_question:
             return
         # What a policy remembers of earlier points is no answer to a question.
-        decay = 0.0 if is_question else self.policy.decay
+        recalls = is_question or (self.recalls and self.recall_blocks)
+        decay = 0.0 if recalls else self.policy.decay
         for of in self.groups:
             scored = set(of.alive)
-            if is_question or (self.recalls and self.recall_blocks):
+            if recalls:
                 scored |= of.away
             of.scores = {
                 b: self.tokens.score(n, b, of.group) + decay * of.scores.get(b, 0.0) for b in scored

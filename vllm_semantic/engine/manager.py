@@ -487,7 +487,9 @@ class SemanticManager(FullAttentionManager):
         try:
             extra_args = extra_args_of(self.requests[request_id])
             both = [*candidates, *away]
-            judged = state.judge(policy, both, point, extra_args, is_question)
+            # What may come back need not be remembered: the newest queries alone decide.
+            forgets = is_question or (self.recall_blocks > 0 and self._may_recall(policy))
+            judged = state.judge(policy, both, point, extra_args, forgets)
             scores, of_away = judged[: len(candidates)], judged[len(candidates) :]
             evicted = blocks_to_evict(kept, budget, scores)
             if away:
