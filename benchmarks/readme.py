@@ -350,12 +350,13 @@ def _variants(report: dict[str, Any]) -> str:
 
 
 def _budgets(report: dict[str, Any]) -> str:
+    ours = next(of for of in report["context"]["policies"] if of.startswith("semantic"))
     head = ["budget"]
     for name in report["documents"]:
-        head += [f"PPL {name}, streaming", "semantic:attention", "difference, nats"]
+        head += [f"PPL {name}, streaming", ours, "difference, nats"]
     rows = []
     for budget in report["context"]["budget"]:
-        age, semantic = f"streaming @ {budget}", f"semantic:attention @ {budget}"
+        age, semantic = f"streaming @ {budget}", f"{ours} @ {budget}"
         cells = [str(budget)]
         for name in report["documents"]:
             cells += [f"{report['rows'][row]['perplexity'][name]:.2f}" for row in (age, semantic)]

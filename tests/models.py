@@ -29,6 +29,45 @@ def make_llama(path: Path, dtype: torch.dtype = torch.float32, **overrides: obje
     return str(path)
 
 
+def make_draft(source: str, path: Path, noise: float = 0.005) -> str:
+    """The same model with noise in its weights: most of what it drafts is right, not all."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, path, dirs_exist_ok=True)
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        name: tensor + noise * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in load_file(path / "model.safetensors").items()
+    }
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return str(path)
+
+
+def make_eagle(source: str, path: Path) -> str:
+    """An EAGLE head that nobody has trained: the last layer of a model, which looks at the next
+    token and a little at what the model made of those before."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((Path(source) / "config.json").read_text())
+    last = f"model.layers.{config['num_hidden_layers'] - 1}."
+    tensors = {
+        f"layers.0.{name.removeprefix(last)}": tensor
+        for name, tensor in load_file(f"{source}/model.safetensors").items()
+        if name.startswith(last) and "input_layernorm" not in name
+    }
+    identity = torch.eye(config["hidden_size"])
+    tensors["fc.weight"] = torch.cat((identity, 0.1 * identity), dim=1)
+    path.mkdir(exist_ok=True)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config |= {"num_hidden_layers": 1, "architectures": ["EagleLlamaForCausalLM"]}
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
 def make_lora(source: str, path: Path, merged: Path, seed: int) -> None:
     """An adapter of the attention projections; ``merged`` becomes the model that has it."""
     import json

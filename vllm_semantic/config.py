@@ -28,8 +28,9 @@ CONFIG_FLAG = "--kv-policy-config"
 _all_options = reprlib.Repr()  # of a policy: more than its four entries
 _all_options.maxdict = 16
 
-SPECULATIVE_METHODS = ("ngram",)
-"""What may draft tokens under a policy: it needs no KV cache of its own, and no slots ahead."""
+SPECULATIVE_METHODS = ("ngram", "draft_model", "eagle")
+"""What may draft tokens under a policy. A model that drafts has layers of its own in the KV cache:
+its blocks are the request's, and go with them."""
 
 KV_CONNECTORS = ("OffloadingConnector",)
 """What ``--kv-transfer-config`` may name under a policy: it can be told which blocks are exact."""

@@ -78,15 +78,15 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
         ["--ubatch-size", "2", "--all2all-backend", "deepep_low_latency"],
         r"micro-batching \(allowed: no --enable-dbo, --ubatch-size 0\)",
     ),
-    "draft model": (
+    "EAGLE-3": (
         "llama",
-        speculative("draft_model"),
-        r"--speculative-config with method draft_model \(allowed: ngram\)",
+        speculative("eagle3"),
+        r"--speculative-config with method eagle3 \(allowed: ngram, draft_model, eagle\)",
     ),
-    "EAGLE": (
+    "drafts in groups": (
         "llama",
-        speculative("eagle"),
-        r"--speculative-config with method eagle \(allowed: ngram\)",
+        [*speculative("draft_model"), "--kv-policy-config.layer_groups", "2"],
+        r"method \w+ with --kv-policy-config.layer_groups 2 \(allowed: 1\)",
     ),
     "KV connector": (
         "llama",
@@ -169,7 +169,7 @@ def test_images_that_are_turned_off_see_nothing(
 
 def test_every_refusal_is_tested() -> None:
     everything: Any = SimpleNamespace(
-        additional_config={"kv_policy": {"name": "semantic"}},
+        additional_config={"kv_policy": {"name": "semantic", "layer_groups": 2}},
         model_config=SimpleNamespace(
             runner_type="pooling",
             quantization="bitsandbytes",
@@ -185,18 +185,21 @@ def test_every_refusal_is_tested() -> None:
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=2, decode_context_parallel_size=2, use_ubatching=True
         ),
-        speculative_config=SimpleNamespace(method="eagle"),
+        speculative_config=SimpleNamespace(method="eagle3"),
         kv_transfer_config=SimpleNamespace(kv_connector="ExampleConnector"),
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="FLEX_ATTENTION")),
         diffusion_config=SimpleNamespace(),
-        aux_output_config=SimpleNamespace(enabled=True),
+        scheduler_config=SimpleNamespace(async_scheduling=True),
+        num_lookahead_tokens=2,
+        use_v2_model_runner=True,
     )
     refused = unsupported_features(everything)
     source = ast.parse(textwrap.dedent(inspect.getsource(unsupported_features)))
     (checks,) = (node for node in ast.walk(source) if isinstance(node, ast.Dict))
     assert len(refused) == len(checks.keys), "`everything` does not trigger every check"
     patterns = [message for _, _, message in REFUSED.values()]
-    # vLLM takes this flag on Runner V2 alone, which no platform of these tests starts by itself.
-    patterns.append(r"recall_gib 1 with --enable-return-routed-experts, .* \(allowed: 0\)")
+    # The CPU platform has neither.
+    patterns.append(r"method eagle3 on Model Runner V2 \(allowed: VLLM_USE_V2_MODEL_RUNNER=0\)")
+    patterns.append(r"method eagle3, where scores .* \(allowed: --no-async-scheduling\)")
     untested = [one for one in refused if not any(re.search(p, one) for p in patterns)]
     assert not untested

@@ -1,31 +1,28 @@
-"""N-gram speculation under a policy: the same tokens and evictions as without, in fewer steps."""
+"""Speculation under a policy: the same tokens and evictions as without, in fewer steps."""
 
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
 
 from ..engines import engine, manager_of
+from ..models import make_draft, make_eagle, make_llama
 from .test_recall import PROMPTS, Result, run
 
-NGRAM = {
-    "method": "ngram",
-    "num_speculative_tokens": 4,
-    "prompt_lookup_max": 3,
-    "prompt_lookup_min": 1,
-}
+NGRAM = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 OPTIONS = {
     "sink_tokens": 8,
     "recent_tokens": 64,
     "semantic_tokens": 128,
-    "layer_groups": 2,
     "recall_gib": 0.125,
     "recall_blocks": 1,
 }
+IN_GROUPS = {"layer_groups": 2}
 PARAMS = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True, detokenize=False)
 
 
@@ -34,20 +31,33 @@ def counted(llm: Any, name: str) -> int:
     return int(metric.value)
 
 
-@pytest.fixture(scope="module")
-def without(llama: str) -> Result:
-    kwargs = {"async_scheduling": False}  # as n-gram speculation has it
-    with engine(llama, policy="semantic", kv_policy_config=OPTIONS, **kwargs) as llm:
+def serve(model: str, options: dict[str, Any]) -> Result:
+    """What comes of the prompts without speculation."""
+    kwargs = {"async_scheduling": False}  # as speculation has it
+    with engine(model, policy="semantic", kv_policy_config=options, **kwargs) as llm:
         return run(llm, PROMPTS, PARAMS)
 
 
-def speculate(model: str, num_blocks: int) -> dict[str, Any]:
-    """What comes of the prompts together and alone, and what was drafted."""
+@pytest.fixture(scope="module")
+def without(llama: str) -> Result:
+    return serve(llama, OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def in_groups(llama: str) -> Result:
+    return serve(llama, OPTIONS | IN_GROUPS)
+
+
+def speculate(
+    model: str, options: dict[str, Any], drafter: dict[str, Any], num_blocks: int
+) -> dict[str, Any]:
+    """What comes of the prompts together and, in the prefix cache, once more alone, and what was
+    drafted."""
     with engine(
         model,
         policy="semantic",
-        kv_policy_config=OPTIONS,
-        speculative_config=NGRAM,
+        kv_policy_config=options,
+        speculative_config={"num_speculative_tokens": 4, **drafter},
         disable_log_stats=False,
         enable_prefix_caching=True,
         num_gpu_blocks_override=num_blocks,
@@ -64,18 +74,45 @@ def speculate(model: str, num_blocks: int) -> dict[str, Any]:
         }
 
 
-def test_drafts_change_nothing(without: Result, llama: str) -> None:
-    """A block goes when every token in it is settled, whatever was drafted and rejected.
+def check(
+    without: Result, model: str, options: dict[str, Any], drafter: dict[str, Any], num_blocks: int
+) -> float:
+    """Hold an engine that speculates to one that does not; the share of its drafts that is right.
 
     In a process of its own: speculation loads numba, and vLLM's search for the kernels of the next
     engine (vllm/triton_utils/dispatcher.py) fails on an object of it.
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        found = pool.submit(speculate, llama, 2 * 34).result()
+        found = pool.submit(speculate, model, options, drafter, num_blocks).result()
     assert found["together"] == without
     assert found["alone"] == without
     assert found["preemptions"] > 0
-    assert 0 < found["accepted"] < found["drafted"], "all were right, or none"
     assert found["fallbacks"] == 0
     assert sum(bool(evicted) for _, evicted, _ in without) == 5
     assert any(recalled for _, _, recalled in without)
+    return float(found["accepted"] / found["drafted"])
+
+
+def test_drafts_change_nothing(in_groups: Result, llama: str) -> None:
+    """A block goes when every token in it is settled, whatever was drafted and rejected."""
+    share = check(in_groups, llama, OPTIONS | IN_GROUPS, NGRAM, 2 * 34)
+    assert 0 < share < 1, "all were right, or none"
+
+
+def test_a_model_that_drafts_sees_what_is_held(without: Result, llama: str, tmp_path: Path) -> None:
+    """Its blocks are those of the request: read where some had gone, most drafts would be wrong."""
+    drafter = {"method": "draft_model", "model": make_draft(llama, tmp_path)}
+    share = check(without, llama, OPTIONS, drafter, 34)
+    assert 0.4 < share < 1
+
+
+def test_a_model_of_another_shape_drafts(without: Result, llama: str, tmp_path: Path) -> None:
+    model = make_llama(tmp_path, num_key_value_heads=4, num_hidden_layers=1)
+    drafter = {"method": "draft_model", "model": model}
+    assert check(without, llama, OPTIONS, drafter, 34) < 0.5
+
+
+def test_eagle(without: Result, llama: str, tmp_path: Path) -> None:
+    drafter = {"method": "eagle", "model": make_eagle(llama, tmp_path)}
+    share = check(without, llama, OPTIONS, drafter, 34)
+    assert 0 < share < 1

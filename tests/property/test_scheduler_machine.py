@@ -143,10 +143,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         full = FullAttentionSpec(
             block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
         )
+        self.speculates = (
+            self.policies is TIGHT and not self.asynchronous and data.draw(st.booleans())
+        )
+        # A model that drafts writes behind what has been computed.
+        self.num_ahead = data.draw(st.sampled_from([0, 3])) if self.speculates else 0
         specs = [
             semantic_spec(full, self.served, vllm_config, group, self.num_slots)
             for group in self.groups
         ]
+        num_in_flight = specs[0].max_in_flight_tokens + self.num_ahead
+        specs = [replace(spec, max_in_flight_tokens=num_in_flight) for spec in specs]
         self.spec = specs[0]
         most = -(-MAX_MODEL_LEN // BLOCK_SIZE)
         # What vLLM's start-up check asks for is enough; more is drawn.
@@ -154,6 +161,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_blocks = sum(least) + data.draw(st.integers(1, most))
         ours = resolve_obj_by_qualname(SCHEDULERS[self.asynchronous])
         self.scheduler = make_scheduler(ours, vllm_config, specs, num_blocks)
+        self.scheduler.num_lookahead_tokens = self.num_ahead
         self.managers = self.scheduler.kv_policy_managers
         for group, manager in self.managers.items():
             manager._evict_at = partial(self.record, group, manager._evict_at)
@@ -165,9 +173,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.stock = make_scheduler(stock, vllm_config, [full for _ in specs], num_blocks)
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(BLOCK_SIZE, sha256) if self.caching else None
-        self.speculates = (
-            self.policies is TIGHT and not self.asynchronous and data.draw(st.booleans())
-        )
         self.worker = PagedWorker(
             BLOCK_SIZE, self.served.num_queries, MAX_REQUESTS, max(least), len(self.groups)
         )
@@ -434,7 +439,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(evictions) in (0, len(self.groups))
         for of_group in evictions.values():
             for request_id, blocks in of_group.items():
-                assert self.requests[request_id].status == RequestStatus.RUNNING
+                # A session that goes on may lose blocks and find no room for more.
+                waits = self.requests[request_id].status != RequestStatus.RUNNING
+                assert not waits or request_id == self.session
                 assert request_id not in resumed
                 others = [of.get(request_id) for of in evictions.values()]
                 self.seen["groups that differ"] += any(blocks != of for of in others)
@@ -524,6 +531,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 row = self.worker.rows[request_id][group]
                 assert [block.block_id for block in table] == row
                 held = sum(not block.is_null for block in table)
+                behind = min(end + self.num_ahead, MAX_MODEL_LEN)
+                assert len(table) >= -(-behind // BLOCK_SIZE)
+                assert all(block.ref_cnt == 1 for block in table[end // BLOCK_SIZE :])
                 most = manager.kv_cache_spec.admission_blocks(expected.policy)
                 if most is not None:
                     assert held <= most

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 
 from .host_pool import HostPool
-from .manager import SemanticManager
+from .manager import NoRoomError, SemanticManager
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -48,11 +48,14 @@ class SemanticKVCacheManager(KVCacheManager):
         self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
         """Allocate slots as vLLM does; nothing is to be done up to :attr:`unchanged_until`."""
-        end = request.num_computed_tokens + num_new_tokens
+        end = request.num_computed_tokens + num_new_tokens + kwargs.get("num_lookahead_tokens", 0)
         until = self.unchanged_until.get(request.request_id)
         if until is not None and end <= until:  # unknown of one that begins, with a prefix or not
             return self.empty_kv_cache_blocks
-        blocks = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
+        try:
+            blocks = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
+        except NoRoomError:
+            return None  # as where the step's own tokens find no room
         if blocks is not None:
             self._find_unchanged(request)
         return blocks

@@ -72,6 +72,10 @@ class BoundedSpec(Protocol):
     def admission_blocks(self, policy: KVPolicy) -> int | None: ...
 
 
+class NoRoomError(Exception):
+    """The pool has no block for what comes back: some request has to be preempted first."""
+
+
 class SemanticManager(FullAttentionManager):
     """Keeps each request within the budget of blocks of its policy.
 
@@ -354,6 +358,8 @@ class SemanticManager(FullAttentionManager):
         ):
             return
         state = self._requests.setdefault(request_id, RequestBlocks())
+        if state.evicted_at == point:
+            return
         self._evict_at(request_id, state, point)
         if state.num_exact_tokens is None:
             state.num_exact_tokens = start
@@ -447,7 +453,6 @@ class SemanticManager(FullAttentionManager):
         kept = state.kept_at(num_full_blocks)
         is_question = self._ends_question(self.requests.get(request_id), point)
         evicted, swaps = self._choose(request_id, state, kept, point, is_question)
-        swaps = self._within_pool(request_id, swaps)
         recalled = sorted(comes for _, comes in swaps)
         evicted = sorted([*evicted, *(goes for goes, _ in swaps)])
         table = self.req_to_blocks[request_id]
@@ -458,7 +463,7 @@ class SemanticManager(FullAttentionManager):
         self._recall(request_id, recalled)
         self._keep(request_id, gone)  # last: what comes back keeps its place there
         state.kept = sorted([*(i for i in kept if i not in gone), *recalled])
-        state.num_seen = num_full_blocks
+        state.num_seen, state.evicted_at = num_full_blocks, point
         state.scores = {later: s for later, s in state.scores.items() if later > point}
         state.asked_in_step = {p: step for p, step in state.asked_in_step.items() if p > point}
 
@@ -474,16 +479,19 @@ class SemanticManager(FullAttentionManager):
 
         As the request's policy has it or, where it fails, the oldest go. A request that stayed
         over its budget would hold more than admission counts on.
+
+        Raises:
+            NoRoomError: what goes makes too little room for what comes. Nothing has changed.
         """
         policy = self.policy_of(request_id)
         budget, stats = self._budget_of(policy), self.stats_by_policy[policy.name]
         candidates = budget.candidates(kept)
-        asked_in_step = state.asked_in_step.pop(point, None)
         scored = state.scores.get(point, {})
         away: list[int] = []
         if is_question or self.recall_blocks:
             away = [i for i in self._away(request_id, policy, kept) if i in scored]
         swaps: list[tuple[int, int]] = []
+        num_wanted = 0
         try:
             extra_args = extra_args_of(self.requests[request_id])
             both = [*candidates, *away]
@@ -501,9 +509,7 @@ class SemanticManager(FullAttentionManager):
                     most, margin = len(held), 0.0
                 recallable = dict(zip(away, of_away, strict=True))
                 swaps = blocks_to_swap(held, recallable, most, margin)
-                stats.wanted_blocks += len(held)
-            if asked_in_step is not None and self.is_first:
-                stats.score_ages[self.num_steps - asked_in_step] += 1
+                num_wanted = len(held)
         except POLICY_ERRORS:  # a policy is anybody's code
             if state.num_fallbacks == 0:
                 logger.exception(
@@ -517,6 +523,11 @@ class SemanticManager(FullAttentionManager):
             stats.fallbacks += 1
             scores = candidates
             evicted = blocks_to_evict(kept, budget, scores)
+        self._check_room(request_id, [*evicted, *(goes for goes, _ in swaps)], len(swaps))
+        stats.wanted_blocks += num_wanted
+        asked_in_step = state.asked_in_step.get(point)
+        if asked_in_step is not None and self.is_first:
+            stats.score_ages[self.num_steps - asked_in_step] += 1
         explain_eviction(
             policy.name,
             request_id,
@@ -529,18 +540,21 @@ class SemanticManager(FullAttentionManager):
         )
         return evicted, swaps
 
-    def _within_pool(self, request_id: str, swaps: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """As many of the swaps as the pool has room for.
+    def _check_room(self, request_id: str, gone: BlockIndices, num_recalled: int) -> None:
+        """Refuse to recall more blocks than the pool has once others are gone.
 
-        What goes makes the room for what comes, unless another request holds it too.
+        A block that another request holds too makes no room. To recall fewer would make a request's
+        result depend on what else runs.
+
+        Raises:
+            NoRoomError: it has fewer.
         """
-        num_free = self.block_pool.get_num_free_blocks()
-        blocks = self.req_to_blocks[request_id]
-        for n, (goes, _) in enumerate(swaps):
-            num_free += (blocks[goes].ref_cnt == 1) - 1
-            if num_free < 0:
-                return swaps[:n]
-        return swaps
+        if not num_recalled:
+            return
+        table = self.req_to_blocks[request_id]
+        num_freed = sum(table[i].ref_cnt == 1 for i in gone)
+        if num_recalled > num_freed + self.block_pool.get_num_free_blocks():
+            raise NoRoomError
 
     def _num_kept_at(self, request_id: str, num_tokens: int, least_blocks: int) -> int:
         """Blocks that the group of layers with the least budget would keep.

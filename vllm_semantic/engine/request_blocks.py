@@ -22,11 +22,15 @@ class RequestBlocks:
     num_seen: int = 0
     """Full blocks there were at the last eviction point, evicted ones included."""
 
+    evicted_at: int = -1
+    """The last eviction point: where no block is left for the step that begins there, vLLM asks once
+    more when another request has made room."""
+
     num_exact_tokens: int | None = None
     """Leading tokens computed before anything was evicted; ``None`` before that."""
 
     scores: dict[int, dict[int, float]] = field(default_factory=dict)
-    """Scores by eviction point and logical index; used at most once."""
+    """Scores by eviction point and logical index, until blocks have gone there."""
 
     past_scores: dict[int, float] = field(default_factory=dict)
     """By logical index, the scores of the last eviction and, as far as the policy's decay left
@@ -89,7 +93,7 @@ class RequestBlocks:
         self, candidates: Sequence[int], point: int, decay: float, past: Mapping[int, float]
     ) -> Sequence[float]:
         """What the workers sent, and what is left of earlier scores."""
-        found = self.scores.pop(point, {})
+        found = self.scores.get(point, {})
         if not all(i in found for i in candidates):
             raise LookupError("no scores came from the workers")
         if decay:

@@ -38,7 +38,8 @@ class SemanticSpec(FullAttentionSpec):
     """Tokens of a prompt between two eviction points."""
 
     max_in_flight_tokens: int = 0
-    """Tokens that one request may have scheduled but not settled, over all steps."""
+    """Tokens that one request may have scheduled but not settled, over all steps, and those that a
+    model drafts behind them."""
 
     eviction_delay: int = 0
     """Tokens after an eviction point that still see the blocks evicted there: one where the
@@ -189,7 +190,7 @@ def semantic_spec(
         SemanticSpec,
         served=served,
         prefill_interval=vllm_config.scheduler_config.max_num_batched_tokens,
-        max_in_flight_tokens=vllm_config.max_in_flight_tokens,
+        max_in_flight_tokens=vllm_config.max_in_flight_tokens + vllm_config.num_lookahead_tokens,
         eviction_delay=int(vllm_config.scheduler_config.async_scheduling or 0),
         layer_group=layer_group,
         host_slots=num_slots,

@@ -119,9 +119,10 @@ class KVPolicyWorkerMixin(Worker):
             RuntimeError: a layer under the policy runs a backend that was not wrapped.
         """
         super().initialize_from_config(kv_cache_config)
-        self._builders: list[CompactingBuilder] = []
         self._held: dict[int, HeldBlocks] = {}
+        self._builders: list[CompactingBuilder] = []
         self._scored_layers: dict[int, list[Attention]] = {}
+        self._draft_caches: dict[int, list[CachedKV]] = {}
         self._scores: PendingScores | None = None
         self._end_step()
         self._windows = QueryWindows(
@@ -133,7 +134,7 @@ class KVPolicyWorkerMixin(Worker):
             group_id: self._connect(group_id, attn_groups)
             for group_id, attn_groups in enumerate(self.model_runner.attn_groups)
         }
-        self._host = self._host_blocks(kv_cache_config, scored)
+        self._host = self._host_blocks(self.model_runner.attn_groups, scored)
         self._block_scorer = BlockScorer(scored, self._windows, self._over_ranks, self._host)
         backends = {
             attn_group.backend.__name__
@@ -189,8 +190,15 @@ class KVPolicyWorkerMixin(Worker):
     def sample_tokens(
         self, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
-        """Sample; send the step's scores along with the tokens."""
-        output = super().sample_tokens(grammar_output)
+        """Sample; send the step's scores along with the tokens.
+
+        A model that drafts does so here, and sees the blocks that the step's requests hold.
+        """
+        self._in_step = True
+        try:
+            output = super().sample_tokens(grammar_output)
+        finally:
+            self._end_step()
         scores, self._scores = self._scores, None
         if scores is None:
             return output
@@ -251,12 +259,21 @@ class KVPolicyWorkerMixin(Worker):
             common.seq_lens_cpu_upper_bound.numpy(),
         )
 
-    def _held_rows(self, held: HeldBlocks, common: CommonAttentionMetadata) -> HeldRows | None:
-        """What each row of the batch holds, see :data:`~.backend.HeldRowsOf`."""
+    def _held_rows(
+        self, held: HeldBlocks, num_ahead: int, common: CommonAttentionMetadata
+    ) -> HeldRows | None:
+        """What each row of the batch holds, see :data:`~.backend.HeldRowsOf`.
+
+        Args:
+            held: of the KV cache group.
+            num_ahead: tokens that a model drafts behind those that the host knows of.
+            common: of the batch.
+        """
         if not self._in_step or not held:
             return None
         assert common.seq_lens_cpu_upper_bound is not None
-        return held.rows(self.runner_access.batch_order(), common.seq_lens_cpu_upper_bound.numpy())
+        seq_lens = common.seq_lens_cpu_upper_bound.numpy() + np.int32(num_ahead)
+        return held.rows(self.runner_access.batch_order(), seq_lens)
 
     def _host_reads(
         self, group_id: int, common: CommonAttentionMetadata
@@ -284,31 +301,43 @@ class KVPolicyWorkerMixin(Worker):
     # -- once, at start ----------------------------------------------------------------
 
     def _connect(self, group_id: int, attn_groups: list[AttentionGroup]) -> list[ScoredLayers]:
-        """Hook up the metadata builders and layers of a KV cache group, if under the policy."""
+        """Hook up the metadata builders and layers of a KV cache group, if under the policy.
+
+        The layers of a model that drafts share the block table, and are not scored.
+        """
         scored = []
-        for attn_group in attn_groups:
+        draft_groups = self.runner_access.draft_groups()
+        drafters = [of for of in draft_groups if of.kv_cache_group_id == group_id]
+        drafting = {name for of in drafters for name in of.layer_names}
+        for attn_group in (*attn_groups, *drafters):
             spec = attn_group.kv_cache_spec
             if not isinstance(spec, SemanticSpec):
                 continue
             layers = get_layers_from_vllm_config(
                 self.vllm_config, Attention, attn_group.layer_names
-            ).values()
-            kernel_blocks = spec.block_size // next(iter(layers)).kv_cache.shape[2]
+            )
+            kernel_blocks = spec.block_size // next(iter(layers.values())).kv_cache.shape[2]
             max_num_blocks = spec.max_held_blocks(self.vllm_config) * kernel_blocks
             max_num_reqs = self.scheduler_config.max_num_seqs
             if group_id not in self._held:
                 self._held[group_id] = HeldBlocks(
                     max_num_reqs, max_num_blocks, spec.block_size, kernel_blocks
                 )
+            num_ahead = self.vllm_config.num_lookahead_tokens if attn_group in drafters else 0
             for builder in attn_group.metadata_builders:
                 if not isinstance(builder, CompactingBuilder):
                     raise RuntimeError(f"--kv-policy: {type(builder).__name__} is not wrapped")
                 if self.served_policies.bounded:
-                    self._connect_builder(builder, group_id, max_num_blocks)
+                    self._connect_builder(builder, group_id, max_num_blocks, num_ahead)
                     self._builders.append(builder)
+            if attn_group in drafters:
+                kv_caches = stack_layers([layer.kv_cache for layer in layers.values()])
+                self._draft_caches[group_id] = [
+                    CachedKV(kv_cache, spec.head_size, kernel_blocks) for kv_cache in kv_caches
+                ]
             if self.served_policies.rules:
                 for _, alike in groupby(
-                    layers,
+                    [layer for name, layer in layers.items() if name not in drafting],
                     key=lambda layer: (layer.num_heads, layer.impl.scale, layer.kv_cache_dtype),
                 ):
                     scored += self._connect_layers(of_shape := list(alike), kernel_blocks)
@@ -316,33 +345,37 @@ class KVPolicyWorkerMixin(Worker):
         return scored
 
     def _connect_builder(
-        self, builder: CompactingBuilder, group_id: int, max_num_blocks: int
+        self, builder: CompactingBuilder, group_id: int, max_num_blocks: int, num_ahead: int
     ) -> None:
         """Tell a metadata builder of a KV cache group where to look in each step."""
         held = self._held[group_id]
         builder.buffers = self._step_buffers(max_num_blocks)
-        builder.held_rows = partial(self._held_rows, held)
+        builder.held_rows = partial(self._held_rows, held, num_ahead)
         builder.query_rows = self._query_rows
         builder.reads = partial(self._host_reads, group_id)
         builder.kernel_blocks = held.kernel_blocks
 
     def _host_blocks(
-        self, kv_cache_config: KVCacheConfig, scored: dict[int, list[ScoredLayers]]
+        self, attn_groups: list[list[AttentionGroup]], scored: dict[int, list[ScoredLayers]]
     ) -> HostBlocks | None:
         """Host memory for evicted blocks, where some was asked for; the layers get their part."""
         groups = {group_id: layers for group_id, layers in scored.items() if layers}
-        specs = [kv_cache_config.kv_cache_groups[group_id].kv_cache_spec for group_id in groups]
+        specs = [of.kv_cache_spec for group_id in groups for of in attn_groups[group_id]]
         num_slots = next((s.host_slots for s in specs if isinstance(s, SemanticSpec)), 0)
         if not num_slots:
             return None
+        drafting = self._draft_caches
         host = HostBlocks(
-            {group_id: [of.cache for of in layers] for group_id, layers in groups.items()},
+            {
+                group_id: [*(of.cache for of in layers), *drafting.get(group_id, [])]
+                for group_id, layers in groups.items()
+            },
             num_slots,
             self.model_runner.device,
         )
         stagings: dict[torch.Size, Staging] = {}
         for group_id, layers in groups.items():
-            caches = host.caches(group_id)
+            caches = host.caches(group_id)[: len(layers)]
             scored[group_id] = [
                 replace(of, host=cache) for of, cache in zip(layers, caches, strict=True)
             ]

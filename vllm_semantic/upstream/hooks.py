@@ -146,6 +146,8 @@ def _finishing(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
         if engine_args.block_size is None:
             platform = "xformers" if xformers else current_platform.device_type
             engine_args.block_size = DEFAULT_BLOCK_SIZE.get(platform)
+        if engine_args.speculative_config and engine_args.async_scheduling is None:
+            engine_args.async_scheduling = False
         vllm_config = create_engine_config(engine_args, *args, **kwargs)
         finish_config(vllm_config, served.default)
         check_layer_groups(served.layer_groups, num_full_layers(vllm_config))
@@ -179,6 +181,9 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
     model, cache = vllm_config.model_config, vllm_config.cache_config
     parallel = vllm_config.parallel_config
     speculative, transfer = vllm_config.speculative_config, vllm_config.kv_transfer_config
+    served = ServedPolicies.from_config(vllm_config.additional_config[CONFIG_KEY])
+    drafts = vllm_config.num_lookahead_tokens > 0  # a model does, with a KV cache of its own
+    drafter = f"--speculative-config with method {speculative and speculative.method}"
     backend = vllm_config.attention_config.backend
     backends = ", ".join(WRAPPED_BACKENDS)
     checks = {
@@ -188,9 +193,16 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
         "micro-batching (allowed: no --enable-dbo, --ubatch-size 0)": parallel.use_ubatching,
-        f"--speculative-config with method {speculative and speculative.method} (allowed: "
-        f"{', '.join(SPECULATIVE_METHODS)})": (
+        f"{drafter} (allowed: {', '.join(SPECULATIVE_METHODS)})": (
             speculative is not None and speculative.method not in SPECULATIVE_METHODS
+        ),
+        f"{drafter}, where scores come a step after they are wanted (allowed: "
+        "--no-async-scheduling)": drafts and vllm_config.scheduler_config.async_scheduling,
+        f"{drafter} on Model Runner V2 (allowed: VLLM_USE_V2_MODEL_RUNNER=0)": (
+            drafts and vllm_config.use_v2_model_runner
+        ),
+        f"{drafter} with {CONFIG_FLAG}.{LAYER_GROUPS} {served.layer_groups} (allowed: 1)": (
+            drafts and served.layer_groups > 1
         ),
         f"--kv-transfer-config with {transfer and transfer.kv_connector} (allowed: "
         f"{', '.join(KV_CONNECTORS)})": (

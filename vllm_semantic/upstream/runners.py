@@ -12,6 +12,7 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as GPUModelRunnerV1
+from vllm.v1.worker.utils import AttentionGroup
 
 
 class RunnerAccess(ABC):
@@ -26,6 +27,11 @@ class RunnerAccess(ABC):
     @abstractmethod
     def without_graphs(self) -> AbstractContextManager[None]:
         """For a step whose attention does what no CUDA graph has captured."""
+
+    @abstractmethod
+    def draft_groups(self) -> Sequence[AttentionGroup]:
+        """The attention layers of a model that drafts, with metadata builders of their own; among
+        the layers of a KV cache group they are listed as well."""
 
     @abstractmethod
     def copy_stream(self) -> torch.cuda.Stream | None:
@@ -52,6 +58,9 @@ class RunnerV1(RunnerAccess):
             dispatcher, "dispatch", lambda *args, **kwargs: dispatch(*args, **kwargs | none)
         ):
             yield
+
+    def draft_groups(self) -> Sequence[AttentionGroup]:
+        return getattr(getattr(self._runner, "drafter", None), "draft_attn_groups", ())
 
     def copy_stream(self) -> torch.cuda.Stream | None:
         return self._runner.async_output_copy_stream
@@ -81,6 +90,9 @@ class RunnerV2(RunnerAccess):
     def without_graphs(self) -> Iterator[None]:
         with replaced(self._runner.cudagraph_manager, "_graphs_captured", False):
             yield
+
+    def draft_groups(self) -> Sequence[AttentionGroup]:
+        return ()  # refused at start
 
     def copy_stream(self) -> torch.cuda.Stream | None:
         return self._runner.output_copy_stream
