@@ -134,6 +134,8 @@ class Group:
     """Those that were, and did not come back."""
     scores: dict[int, float] = field(default_factory=dict)
     """Of the last eviction point."""
+    worth: dict[int, float] = field(default_factory=dict)
+    """By which blocks went, or came back, there."""
     scored_at: int = 0
     """That point."""
 
@@ -462,11 +464,11 @@ class Oracle:
             held = sorted(group.alive)
             num_recent = -(-case.recent_tokens // size)
             middle = held[-(-case.sink_tokens // size) : len(held) - num_recent]
-            worst = sorted(middle, key=lambda b: (group.scores[b], b))
-            scored = [b for b in group.away if b in group.scores]
-            best = sorted(scored, key=lambda b: (-group.scores[b], -b))
+            worst = sorted(middle, key=lambda b: (group.worth[b], b))
+            scored = [b for b in group.away if b in group.worth]
+            best = sorted(scored, key=lambda b: (-group.worth[b], -b))
             for goes, comes in list(zip(worst, best, strict=False))[:most]:
-                if group.scores[comes] <= group.scores[goes] * (1 + margin):
+                if group.worth[comes] <= group.worth[goes] * (1 + margin):
                     break
                 evicted.append(goes)
                 recalled.append(comes)
@@ -514,6 +516,10 @@ class Oracle:
             before = {} if asks or (case.recall and case.recall_blocks) else group.scores
             worth = RULES[case.rule](Held(self, of_group, scored, point, size, before, asks))
             group.scores, group.scored_at = worth, point
+            if asks:  # what one block begins to say, the next may end; nobody remembers that
+                said = {b + 1: score - 0.1 * abs(score) for b, score in worth.items()}
+                worth = {b: max(score, said.get(b, score)) for b, score in worth.items()}
+            group.worth = worth
             middle = alive[num_sink : len(alive) - num_recent]
             ranked = sorted((worth[block], block) for block in middle)
             gone = forced[i]

@@ -86,6 +86,9 @@ class ExpectedGroup:
     recalled: dict[int, list[int]] = field(default_factory=dict)
     """The same of those that came back."""
     scores: dict[int, float] = field(default_factory=dict)
+    """What is remembered."""
+    worth: dict[int, float] = field(default_factory=dict)
+    """What is chosen by."""
     seen: list[tuple[int, frozenset[int]]] = field(default_factory=list)
     """From which token on the request sees all but which blocks."""
 
@@ -101,15 +104,15 @@ class ExpectedGroup:
         by_age = not self.policy.selected_tokens
         gone: set[int] = set()
         while len(self.alive) > budget.total:
-            worst = min(middle, key=lambda b: (0 if by_age else self.scores[b], b))
+            worst = min(middle, key=lambda b: (0 if by_age else self.worth[b], b))
             middle.remove(worst)
             gone.add(worst)
             self.alive.remove(worst)
         back: set[int] = set()
         while middle and self.away and len(back) < most_recalled:
-            worst = min(middle, key=lambda b: (self.scores[b], b))
-            best = max(self.away, key=lambda b: (self.scores[b], b))
-            if self.scores[best] <= self.scores[worst] * (1 + margin):
+            worst = min(middle, key=lambda b: (self.worth[b], b))
+            best = max(self.away, key=lambda b: (self.worth[b], b))
+            if self.worth[best] <= self.worth[worst] * (1 + margin):
                 break
             middle.remove(worst)
             self.away.remove(best)
@@ -196,6 +199,11 @@ class ExpectedRequest:
             of.scores = {
                 b: self.tokens.score(n, b, of.group) + decay * of.scores.get(b, 0.0) for b in scored
             }
+            of.worth = of.scores
+            if is_question:
+                sink = self._budget(of.shift).sink
+                said = {b + 1: 0.9 * of.scores[b] for b in scored if b >= sink}
+                of.worth = {b: max(of.scores[b], said.get(b, 0.0)) for b in scored}
             most, margin = (10**6, 0.0) if is_question else (self.recall_blocks, 0.1)
             of.choose(n, self._budget(of.shift), most if self.recalls else 0, margin)
         for of in self.groups:

@@ -16,6 +16,7 @@ from vllm_semantic.policies.selection import (
     eviction_point_from,
     is_eviction_point,
     question_after,
+    with_continuations,
 )
 
 repeatable = settings(deadline=None, derandomize=True)
@@ -124,3 +125,12 @@ def test_the_worst_makes_way_for_the_best_that_is_away() -> None:
     assert blocks_to_swap({1: math.nan}, {5: math.nan}, 1, 0.0) == []
     assert blocks_to_swap({1: math.nan}, {5: -3.0}, 1, 0.1) == [(1, 5)]
     assert blocks_to_swap({1: -math.inf}, {5: -3.0}, 1, 0.1) == [(1, 5)]
+
+
+def test_what_a_block_begins_to_say_goes_on_in_the_next() -> None:
+    assert with_continuations([3, 4, 5, 9], [1.0, 0.2, 0.85, 0.1], 0.1) == [1.0, 0.9, 0.85, 0.1]
+    assert with_continuations([4, 3], [0.2, 1.0], 0.1) == [0.9, 1.0], "in any order"
+    assert with_continuations([1, 2], [-1.0, -3.0], 0.1) == [-1.0, -1.1], "below it all the same"
+    unknown = with_continuations([1, 2, 3], [math.nan, 0.5, -math.inf], 0.1)
+    assert math.isnan(unknown[0]), "unknown it stays"
+    assert unknown[1:] == [0.5, 0.45], "and says nothing of the next"

@@ -31,6 +31,7 @@ from ..policies.selection import (
     is_eviction_point,
     prompt_end,
     question_after,
+    with_continuations,
 )
 from .explain import explain_eviction, sum_up_request
 from .recalls import Recalls
@@ -48,7 +49,8 @@ QUESTION_TOKENS = 256
 
 RECALL_MARGIN = 0.1
 """A recalled block must score this share higher than the block it replaces (0.1 = 10 %). At the end
-of a question any higher score is enough."""
+of a question any higher score is enough, and a block scores no more than this share below the one
+before it."""
 
 MAX_BUDGETS = 1024
 """Policies of requests whose budgets are remembered."""
@@ -498,6 +500,8 @@ class SemanticManager(FullAttentionManager):
             # What may come back need not be remembered: the newest queries alone decide.
             forgets = is_question or (self.recall_blocks > 0 and self._may_recall(policy))
             judged = state.judge(policy, both, point, extra_args, forgets)
+            if is_question:
+                judged = with_continuations(both, judged, RECALL_MARGIN)
             scores, of_away = judged[: len(candidates)], judged[len(candidates) :]
             evicted = blocks_to_evict(kept, budget, scores)
             if away:

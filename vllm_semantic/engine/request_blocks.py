@@ -23,8 +23,8 @@ class RequestBlocks:
     """Full blocks there were at the last eviction point, evicted ones included."""
 
     evicted_at: int = -1
-    """The last eviction point: where no block is left for the step that begins there, vLLM asks once
-    more when another request has made room."""
+    """The last eviction point. Where the step that begins there finds no block, vLLM asks once more
+    when another request has made room."""
 
     num_exact_tokens: int | None = None
     """Leading tokens computed before anything was evicted; ``None`` before that."""

@@ -132,6 +132,30 @@ def blocks_to_evict(kept: Sequence[int], budget: BlockBudget, scores: Sequence[f
     return sorted(block for _, block in ranked[:num_evicted])
 
 
+def with_continuations(
+    blocks: Sequence[int], scores: Sequence[float], margin: float
+) -> list[float]:
+    """Let a block count nearly as much as the one before it: what is said there may go on in it.
+
+    The tokens that a question looks at stand before its answer, which may lie in the next block.
+    SnapKV (Li et al., 2024) pools scores over neighbouring tokens for the same reason.
+
+    Args:
+        blocks: logical indices.
+        scores: one for each, higher = keep.
+        margin: by which share of its score the block before ranks higher.
+
+    Returns:
+        Scores, no lower than before.
+    """
+    of_block = dict(zip(blocks, scores, strict=True))
+    before = (of_block.get(block - 1, -math.inf) for block in blocks)
+    return [
+        max(score, other - margin * abs(other)) if other > -math.inf else score
+        for score, other in zip(scores, before, strict=True)
+    ]
+
+
 def _number(score: float) -> float:
     """A score that compares: NaN is below all."""
     return score if score == score else -math.inf
