@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import pytest
+from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     OffloadingConnectorScheduler,
     RequestOffloadState,
@@ -52,6 +53,7 @@ from vllm.v1.metrics.loggers import (
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
@@ -59,6 +61,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_semantic.config import WRAPPED_BACKENDS
 from vllm_semantic.engine.manager import SemanticManager
@@ -227,7 +230,8 @@ def test_allocate_slots_evicts_on_the_processed_count() -> None:
     evict = source.index("self.coordinator.remove_skipped_blocks(")
     assert "total_computed_tokens - request.num_in_flight_tokens" in source[evict:]
     assert "num_prompt_tokens=request.num_prompt_tokens" in source[evict:]
-    assert evict < source.index("self.coordinator.allocate_new_blocks(")
+    for changes in ("allocate_new_computed_blocks(", "allocate_new_blocks("):
+        assert evict < source.index(f"self.coordinator.{changes}"), "which NoRoomError keeps from"
 
 
 def test_freeing_goes_through_pop_blocks_for_free() -> None:
@@ -345,6 +349,22 @@ def test_runner_has_what_the_worker_reads() -> None:
     )
     append = inspect.getsource(BlockTable.append_row)
     assert "self.num_blocks_per_row[row_idx] += num_blocks" in append, "rows only grow"
+
+
+def test_a_draft_shares_blocks_and_builds_metadata_of_its_own() -> None:
+    proposer = inspect.getsource(SpecDecodeBaseProposer)
+    assert "self.draft_attn_groups: list[AttentionGroup] = []" in proposer
+    assert {"layer_names", "metadata_builders", "kv_cache_group_id"} <= {
+        field.name for field in dataclasses.fields(AttentionGroup)
+    }
+    assert "attn_group.build_metadata_for_drafting(" in proposer
+    assert "return self.build(" in inspect.getsource(AttentionMetadataBuilder.build_for_drafting)
+    assert "common_attn_metadata.seq_lens_cpu_upper_bound += 1" in proposer, "per token drafted"
+    assert "self.drafter.propose(" in inspect.getsource(GPUModelRunner.propose_draft_token_ids)
+    assert "propose_draft_token_ids(" in inspect.getsource(GPUModelRunner.sample_tokens)
+    assert isinstance(VllmConfig.num_lookahead_tokens, property)
+    schedule = inspect.getsource(Scheduler.schedule)
+    assert "num_lookahead_tokens=self.num_lookahead_tokens," in schedule, "by name"
 
 
 def test_outputs_take_attributes() -> None:

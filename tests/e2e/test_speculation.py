@@ -51,8 +51,8 @@ def in_groups(llama: str) -> Result:
 def speculate(
     model: str, options: dict[str, Any], drafter: dict[str, Any], num_blocks: int
 ) -> dict[str, Any]:
-    """What comes of the prompts together and, in the prefix cache, once more alone, and what was
-    drafted."""
+    """What comes of the prompts together and, the first two with a cached prefix, alone, and what
+    was drafted."""
     with engine(
         model,
         policy="semantic",
@@ -67,7 +67,7 @@ def speculate(
         return {
             "together": together,
             "preemptions": num_preemptions,
-            "alone": [run(llm, [prompt], PARAMS)[0] for prompt in PROMPTS],
+            "alone": [run(llm, [prompt], PARAMS)[0] for prompt in PROMPTS[:2]],
             "accepted": counted(llm, "accepted_tokens"),
             "drafted": counted(llm, "draft_tokens"),
             "fallbacks": manager_of(llm).stats.fallbacks,
@@ -85,7 +85,7 @@ def check(
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         found = pool.submit(speculate, model, options, drafter, num_blocks).result()
     assert found["together"] == without
-    assert found["alone"] == without
+    assert found["alone"] == without[:2]
     assert found["preemptions"] > 0
     assert found["fallbacks"] == 0
     assert sum(bool(evicted) for _, evicted, _ in without) == 5
