@@ -48,8 +48,6 @@ def run() -> None:
     """Replace what stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``."""
     tables: dict[str, list[tuple[str, str, Callable[[dict[str, Any]], str]]]] = {
         "README.md": [
-            ("demo", "demo", demo_table),
-            ("answers", "demo", answers_table),
             ("real", "real", _rules),
         ],
         "docs/speed.md": [
@@ -58,6 +56,8 @@ def run() -> None:
             ("overhead", "overhead", _overhead),
         ],
         "docs/quality.md": [
+            ("demo", "demo", demo_table),
+            ("answers", "demo", answers_table),
             ("real-one-group", "real-one-group", _rules),
             ("real-few-groups", "real-few-groups", _rules),
             ("turns", "turns", _turns),
@@ -322,6 +322,31 @@ def _rules(report: dict[str, Any]) -> str:
     return _table([*head, *tasks], rows) + (
         f"\n\n{_read(report)}; excess: of the perplexity over full, by streaming's; "
         f"{asked}{_where(report['context'])}."
+    )
+
+
+def _stored(report: dict[str, Any]) -> str:
+    """What it costs to store keys and values, and weights, in fewer bits: each row against the same
+    policy as the checkpoint has them."""
+    names, tasks = list(report["documents"]), list(report["context"]["tasks"])
+    tasks = [task for task in tasks if task not in names]
+    head = [""]
+    for name in names:
+        head += [f"PPL {name}", "minus the same unquantised, nats"]
+    rows = []
+    for title, row in report["rows"].items():
+        *quantised, policy = title.split(" + ")
+        cells = [title]
+        for name in names:
+            cells.append(f"{row['perplexity'][name]:.2f}")
+            found = quantised and difference(report["differences"], title, policy, name)
+            cells.append(_interval(found) if found else "0")
+        cells += [f"{100 * row['recall'][task]['accuracy']:.0f} %" for task in tasks]
+        cells += [f"{row[of] / 1e6:.1f}" for of in ("weight_bytes", "peak_kv_bytes")]
+        rows.append(cells)
+    return _table([*head, *tasks, "weights MB", "peak KV MB"], rows) + (
+        f"\n\n{_read(report)}; {report['context']['questions']} questions a recall task; "
+        f"{_where(report['context'])}."
     )
 
 
