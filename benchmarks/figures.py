@@ -87,7 +87,7 @@ def run(
     """Measure the figures and write them with their context.
 
     Args:
-        model: the shape; weights are random.
+        model: the shape; weights are random, but where blocks come back.
         rounds: in which stock vLLM and the policy take turns.
         out: written after each task, if at all.
         only: measures these tasks afresh and leaves the other results in the file as they are;
@@ -267,6 +267,7 @@ def recall_cost(model: str, rounds: int, sizes: Sizes) -> Found:
     # Prompts are read in parts, so that there is something to come back.
     kwargs = BASE | {"max_model_len": 20480, "max_num_batched_tokens": min(2048, long // 4)}
     kwargs["hf_overrides"] = {"max_position_embeddings": 20480}
+    kwargs["load_format"] = "auto"  # to random weights the same blocks matter all the time
     kept = {RECALL_GIB: 2}
     with (
         engine(model, SEMANTIC, **kwargs) as without,

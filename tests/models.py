@@ -29,19 +29,28 @@ def make_llama(path: Path, dtype: torch.dtype = torch.float32, **overrides: obje
     return str(path)
 
 
-def make_draft(source: str, path: Path, noise: float = 0.005) -> str:
-    """The same model with noise in its weights: most of what it drafts is right, not all."""
-    import shutil
+def make_draft(source: str, path: Path, noise: float = 0.005, kv_repeats: int = 1) -> str:
+    """The same model with noise in its weights: most of what it drafts is right, not all.
+
+    With every KV head ``kv_repeats`` times its blocks are larger, and what it computes is the same.
+    """
+    import json
 
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(source, path, dirs_exist_ok=True)
+    config = json.loads((Path(source) / "config.json").read_text())
+    config["num_key_value_heads"] *= kv_repeats
     generator = torch.Generator().manual_seed(1)
-    tensors = {
-        name: tensor + noise * tensor.std() * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in load_file(path / "model.safetensors").items()
-    }
+    tensors = {}
+    for name, tensor in load_file(f"{source}/model.safetensors").items():
+        tensor += noise * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
+            heads = tensor.unflatten(0, (-1, config["head_dim"]))
+            tensor = heads.repeat_interleave(kv_repeats, dim=0).flatten(0, 1).contiguous()
+        tensors[name] = tensor
+    path.mkdir(exist_ok=True)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config))
     return str(path)
 
 

@@ -354,6 +354,7 @@ def test_runner_has_what_the_worker_reads() -> None:
 def test_a_draft_shares_blocks_and_builds_metadata_of_its_own() -> None:
     proposer = inspect.getsource(SpecDecodeBaseProposer)
     assert "self.draft_attn_groups: list[AttentionGroup] = []" in proposer
+    assert "self._draft_attn_layer_names = {" in proposer
     assert {"layer_names", "metadata_builders", "kv_cache_group_id"} <= {
         field.name for field in dataclasses.fields(AttentionGroup)
     }

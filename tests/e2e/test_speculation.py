@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from ..engines import engine, manager_of
-from ..models import make_draft, make_eagle, make_llama
+from ..engines import engine, manager_of, worker_of
+from ..models import make_draft, make_eagle
 from .test_recall import PROMPTS, Result, run
 
 NGRAM = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
@@ -71,11 +71,17 @@ def speculate(
             "accepted": counted(llm, "accepted_tokens"),
             "drafted": counted(llm, "draft_tokens"),
             "fallbacks": manager_of(llm).stats.fallbacks,
+            "host layers": sum(len(of.kv_cache) for of in worker_of(llm)._host.caches(0)),
         }
 
 
 def check(
-    without: Result, model: str, options: dict[str, Any], drafter: dict[str, Any], num_blocks: int
+    without: Result,
+    model: str,
+    options: dict[str, Any],
+    drafter: dict[str, Any],
+    num_blocks: int,
+    host_layers: int,
 ) -> float:
     """Hold an engine that speculates to one that does not; the share of its drafts that is right.
 
@@ -88,6 +94,7 @@ def check(
     assert found["alone"] == without[:2]
     assert found["preemptions"] > 0
     assert found["fallbacks"] == 0
+    assert found["host layers"] == host_layers, "whose blocks go out and come back"
     assert sum(bool(evicted) for _, evicted, _ in without) == 5
     assert any(recalled for _, _, recalled in without)
     return float(found["accepted"] / found["drafted"])
@@ -95,24 +102,25 @@ def check(
 
 def test_drafts_change_nothing(in_groups: Result, llama: str) -> None:
     """A block goes when every token in it is settled, whatever was drafted and rejected."""
-    share = check(in_groups, llama, OPTIONS | IN_GROUPS, NGRAM, 2 * 34)
+    share = check(in_groups, llama, OPTIONS | IN_GROUPS, NGRAM, 2 * 34, host_layers=1)
     assert 0 < share < 1, "all were right, or none"
 
 
 def test_a_model_that_drafts_sees_what_is_held(without: Result, llama: str, tmp_path: Path) -> None:
     """Its blocks are those of the request: read where some had gone, most drafts would be wrong."""
     drafter = {"method": "draft_model", "model": make_draft(llama, tmp_path)}
-    share = check(without, llama, OPTIONS, drafter, 34)
+    share = check(without, llama, OPTIONS, drafter, 34, host_layers=4)
     assert 0.4 < share < 1
 
 
 def test_a_model_of_another_shape_drafts(without: Result, llama: str, tmp_path: Path) -> None:
-    model = make_llama(tmp_path, num_key_value_heads=4, num_hidden_layers=1)
-    drafter = {"method": "draft_model", "model": model}
-    assert check(without, llama, OPTIONS, drafter, 34) < 0.5
+    """The same, with blocks of twice the size."""
+    drafter = {"method": "draft_model", "model": make_draft(llama, tmp_path, kv_repeats=2)}
+    share = check(without, llama, OPTIONS, drafter, 34, host_layers=4)
+    assert 0.4 < share < 1
 
 
 def test_eagle(without: Result, llama: str, tmp_path: Path) -> None:
     drafter = {"method": "eagle", "model": make_eagle(llama, tmp_path)}
-    share = check(without, llama, OPTIONS, drafter, 34)
+    share = check(without, llama, OPTIONS, drafter, 34, host_layers=3)
     assert 0 < share < 1

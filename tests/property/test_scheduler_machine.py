@@ -28,6 +28,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from benchmarks.host import make_scheduler
 from vllm_semantic import register
+from vllm_semantic.engine.manager import NoRoomError
 from vllm_semantic.engine.spec import semantic_spec
 from vllm_semantic.messages import KVPolicyStep, Owner, scores_of, step_of
 from vllm_semantic.served import REQUEST_KEY, ServedPolicies
@@ -35,6 +36,7 @@ from vllm_semantic.upstream.hooks import SCHEDULERS
 
 from .lives import run_lives
 from .paged import (
+    MAX_DRAFTS,
     VOCAB_SIZE,
     ExpectedRequest,
     PagedWorker,
@@ -79,9 +81,17 @@ AMPLE = [
 ]
 
 
+NGRAM = {"method": "ngram", "prompt_lookup_max": 1, "num_speculative_tokens": MAX_DRAFTS}
+
+
 @cache
 def make_config(
-    model: str, asynchronous: bool, tokens_per_step: int, long_prompt: int, caching: bool
+    model: str,
+    asynchronous: bool,
+    tokens_per_step: int,
+    long_prompt: int,
+    caching: bool,
+    speculates: bool,
 ) -> Any:
     register()
     config = EngineArgs(
@@ -94,6 +104,7 @@ def make_config(
         block_size=32,
         long_prefill_token_threshold=long_prompt,
         enable_prefix_caching=caching,
+        speculative_config=NGRAM if speculates else None,
     ).create_engine_config()
     # The CPU platform turns it off: what a GPU would have.
     config.scheduler_config.async_scheduling = asynchronous
@@ -133,18 +144,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.tokens_per_step = data.draw(st.sampled_from([8, 13, 16, 32]))
         self.caching = data.draw(st.booleans())
+        self.speculates = (
+            self.policies is TIGHT and not self.asynchronous and data.draw(st.booleans())
+        )
         vllm_config = make_config(
             self.model,
             self.asynchronous,
             self.tokens_per_step,
             data.draw(st.sampled_from([0, 5])),
             self.caching,
+            self.speculates,
         )
         full = FullAttentionSpec(
             block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
-        )
-        self.speculates = (
-            self.policies is TIGHT and not self.asynchronous and data.draw(st.booleans())
         )
         # A model that drafts writes behind what has been computed.
         self.num_ahead = data.draw(st.sampled_from([0, 3])) if self.speculates else 0
@@ -165,6 +177,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.managers = self.scheduler.kv_policy_managers
         for group, manager in self.managers.items():
             manager._evict_at = partial(self.record, group, manager._evict_at)
+            manager._with_room = partial(self.make_room, manager._with_room)
             manager.question_tokens = QUESTION_TOKENS
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.stock = None
@@ -194,6 +207,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.evicted: dict[str, list[dict[int, list[int]]]] = {}
         """Of each request since it last started over, in each group: computed tokens -> logical
         blocks."""
+        self.curtailed: set[str] = set()
+        """Requests that could not recall all that they wanted."""
         self.recalled: dict[str, list[dict[int, list[int]]]] = {}
         """The same of what came back."""
 
@@ -268,6 +283,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.requests.setdefault(request_id, request)
 
     def start_over(self, request_id: str) -> None:
+        self.curtailed.discard(request_id)
         self.evicted[request_id] = [{} for _ in self.groups]
         self.recalled[request_id] = [{} for _ in self.groups]
 
@@ -485,6 +501,22 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.seen["recalls"] += 1
             self.seen["recalls of an answer"] += at > request.num_prompt_tokens
 
+    def make_room(
+        self, with_room: Any, request_id: str, evicted: Any, swaps: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """Count the recalls for which there is no room."""
+        try:
+            left: list[tuple[int, int]] = with_room(request_id, evicted, swaps)
+        except NoRoomError:
+            self.seen["no room to recall"] += 1
+            raise
+        if left != swaps:  # beside a session that holds its blocks; nobody can be preempted
+            assert self.session not in (None, request_id)
+            running = {r for r in self.requests.values() if r.status == RequestStatus.RUNNING}
+            assert running <= {self.requests[request_id]}
+            self.curtailed.add(request_id)
+        return left
+
     def start_of(self, request_id: str, output: Any) -> int:
         """The first token of a request's chunk; vLLM has already advanced the count."""
         end: int = self.requests[request_id].num_computed_tokens
@@ -537,7 +569,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 most = manager.kv_cache_spec.admission_blocks(expected.policy)
                 if most is not None:
                     assert held <= most
-                if not self.forgets:
+                if not self.forgets and request_id not in self.curtailed:
                     settled = start - delay
                     due = expected.until(settled)[group]
                     for happened, of in (
@@ -546,7 +578,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     ):
                         until = {at: blocks for at, blocks in of.items() if at <= settled}
                         assert happened[request_id][group] == until, (request_id, start, expected)
-            if self.forgets:
+            if self.forgets or request_id in self.curtailed:
                 continue  # what can come back depends on the others
             # Nor does it matter how the prompt was cut into chunks, or when scores came.
             expected.until(start)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import RequestStatus
 
 from ..config import check_block_size
 from ..messages import (
@@ -527,7 +528,7 @@ class SemanticManager(FullAttentionManager):
             stats.fallbacks += 1
             scores = candidates
             evicted = blocks_to_evict(kept, budget, scores)
-        self._check_room(request_id, [*evicted, *(goes for goes, _ in swaps)], len(swaps))
+        swaps = self._with_room(request_id, evicted, swaps)
         stats.wanted_blocks += num_wanted
         asked_in_step = state.asked_in_step.get(point)
         if asked_in_step is not None and self.is_first:
@@ -544,21 +545,29 @@ class SemanticManager(FullAttentionManager):
         )
         return evicted, swaps
 
-    def _check_room(self, request_id: str, gone: BlockIndices, num_recalled: int) -> None:
-        """Refuse to recall more blocks than the pool has once others are gone.
+    def _with_room(
+        self, request_id: str, evicted: BlockIndices, swaps: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """The swaps, if the pool has a block for each that comes back.
 
-        A block that another request holds too makes no room. To recall fewer would make a request's
-        result depend on what else runs.
+        What goes makes the room for what comes, unless another request holds it too. To recall
+        fewer would make a request's result depend on what else runs, so another request is
+        preempted. Where none is left that runs, as many come back as there is room for.
 
         Raises:
-            NoRoomError: it has fewer.
+            NoRoomError: some other request has to be preempted first.
         """
-        if not num_recalled:
-            return
         table = self.req_to_blocks[request_id]
-        num_freed = sum(table[i].ref_cnt == 1 for i in gone)
-        if num_recalled > num_freed + self.block_pool.get_num_free_blocks():
-            raise NoRoomError
+        num_free = self.block_pool.get_num_free_blocks()
+        num_free += sum(table[i].ref_cnt == 1 for i in evicted)
+        for n, (goes, _) in enumerate(swaps):
+            num_free += (table[goes].ref_cnt == 1) - 1
+            if num_free < 0:
+                others = (of for name, of in self.requests.items() if name != request_id)
+                if any(of.status == RequestStatus.RUNNING for of in others):
+                    raise NoRoomError
+                return swaps[:n]
+        return swaps
 
     def _num_kept_at(self, request_id: str, num_tokens: int, least_blocks: int) -> int:
         """Blocks that the group of layers with the least budget would keep.

@@ -62,7 +62,7 @@ def reserved_memory(
     Args:
         vllm_config: of the worker.
         specs: of the KV cache, by layer, under the policy where they can be.
-        layers: the attention layers by name.
+        layers: the attention layers by name, without those of a model that drafts.
         available_bytes: that this worker has for all of it and the KV cache.
         device: of the KV cache.
     """
@@ -77,7 +77,7 @@ def reserved_memory(
     tables = max_num_reqs * held_blocks * (4 + 8)
     if not spec.served.rules:
         return ReservedMemory(0, tables, 0, 0)
-    scored = [layers[name] for name in under_policy]
+    scored = [layers[name] for name in under_policy if name in layers]
     num_drafts = vllm_config.num_speculative_tokens
     windows = QueryWindows(spec.served.num_queries, max_num_reqs, num_drafts)
     elements = windows.num_rows * sum(layer.num_heads * layer.head_size for layer in scored)

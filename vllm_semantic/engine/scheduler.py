@@ -54,6 +54,10 @@ class KVPolicyMixin(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.num_spec_tokens and self.dynamic_sd_lookup is None:
+            # Else vLLM fills a waiting request's one token up with drafts of nothing, for the sake
+            # of full CUDA graphs, and does not expect the chunk to end at an eviction point.
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
         self.kv_cache_manager = SemanticKVCacheManager.take_over(self.kv_cache_manager)
         self.kv_policy_managers = {
             manager.kv_cache_group_id: manager
@@ -73,9 +77,6 @@ class KVPolicyMixin(Scheduler):
         self.peak_kv_blocks = 0
         self.host_pool = HostPool(spec.host_slots) if spec.host_slots else None
         self.kv_cache_manager.host_pool = self.host_pool
-        group = self.kv_cache_config.kv_cache_groups[self._points_manager.kv_cache_group_id]
-        self._slot_bytes = spec.page_size_bytes * len(group.layer_names)
-        self._slot_bytes *= self.vllm_config.parallel_config.tensor_parallel_size
         self._stopped_while_preempted: list[Request] = []
         for manager in self.kv_policy_managers.values():
             manager.requests = self.requests
@@ -153,7 +154,9 @@ class KVPolicyMixin(Scheduler):
             if self.host_pool is not None:
                 name = self.served_policies.default.name
                 of_server = self._points_manager.stats_by_policy[name]
-                of_server.host_bytes = self.host_pool.num_used * self._slot_bytes
+                of_server.host_bytes = (
+                    self.host_pool.num_used * self._points_manager.kv_cache_spec.slot_bytes
+                )
             for manager in self.kv_policy_managers.values():
                 for policy, stats in manager.stats_by_policy.items():
                     attach_changes(scheduler_stats, policy, stats)
@@ -325,7 +328,7 @@ class KVPolicyMixin(Scheduler):
                 "KV policy %s: host memory for %d evicted blocks of %d bytes, %s tokens",
                 spec.policy.name,
                 self.host_pool.num_slots,
-                self._slot_bytes,
+                spec.slot_bytes,
                 f"{num_tokens:,}",
             )
         cache_config = self.vllm_config.cache_config

@@ -51,6 +51,9 @@ class SemanticSpec(FullAttentionSpec):
     host_slots: int = 0
     """Evicted blocks that host memory holds, each of all layers of a group."""
 
+    slot_bytes: int = 0
+    """Host memory of one of them, of all tensor-parallel ranks together."""
+
     @property
     def policy(self) -> KVPolicy:
         """The policy of a request that asks for none."""
@@ -137,6 +140,7 @@ class SemanticSpec(FullAttentionSpec):
             eviction_delay=first.eviction_delay,
             layer_group=first.layer_group,
             host_slots=first.host_slots,
+            slot_bytes=first.slot_bytes,
         )
 
 
@@ -164,13 +168,11 @@ def semantic_specs(
         name: spec.page_size_bytes for name, spec in specs.items() if goes_under_policy(spec)
     }
     groups = split_layers(page_sizes, served.layer_groups)
-    of_rank = sum(page_sizes.values()) // served.layer_groups
-    num_slots = 0
-    if page_sizes:
-        tp_size = vllm_config.parallel_config.tensor_parallel_size
-        num_slots = host_slots(served.recall_gib, of_rank * tp_size)
+    slot_bytes = sum(page_sizes.values()) // served.layer_groups
+    slot_bytes *= vllm_config.parallel_config.tensor_parallel_size
+    num_slots = host_slots(served.recall_gib, slot_bytes) if page_sizes else 0
     return {
-        name: semantic_spec(spec, served, vllm_config, groups.get(name, 0), num_slots)
+        name: semantic_spec(spec, served, vllm_config, groups.get(name, 0), num_slots, slot_bytes)
         for name, spec in specs.items()
     }
 
@@ -181,6 +183,7 @@ def semantic_spec(
     vllm_config: VllmConfig,
     layer_group: int = 0,
     num_slots: int = 0,
+    slot_bytes: int = 0,
 ) -> KVCacheSpec:
     """Put a full-attention layer under a policy; any other layer stays as it is."""
     if not goes_under_policy(spec):
@@ -194,4 +197,5 @@ def semantic_spec(
         eviction_delay=int(vllm_config.scheduler_config.async_scheduling or 0),
         layer_group=layer_group,
         host_slots=num_slots,
+        slot_bytes=slot_bytes,
     )

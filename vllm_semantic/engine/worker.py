@@ -210,6 +210,8 @@ class KVPolicyWorkerMixin(Worker):
     def _reserve(self, specs: dict[str, KVCacheSpec], available_bytes: int) -> int:
         """Bytes to take from what vLLM would give to the KV cache."""
         layers = get_layers_from_vllm_config(self.vllm_config, Attention)
+        for name in self.runner_access.draft_layers():
+            layers.pop(name, None)
         reserved = reserved_memory(
             self.vllm_config, specs, layers, available_bytes, self.model_runner.device
         )
@@ -304,11 +306,23 @@ class KVPolicyWorkerMixin(Worker):
         """Hook up the metadata builders and layers of a KV cache group, if under the policy.
 
         The layers of a model that drafts share the block table, and are not scored.
+
+        Raises:
+            ValueError: a model that drafts has a group of its own.
         """
         scored = []
         draft_groups = self.runner_access.draft_groups()
         drafters = [of for of in draft_groups if of.kv_cache_group_id == group_id]
-        drafting = {name for of in drafters for name in of.layer_names}
+        drafting = self.runner_access.draft_layers()
+        if drafters:
+            names = {name for attn_group in attn_groups for name in attn_group.layer_names}
+            # vLLM drafts by the first group's block table, but for EAGLE.
+            by_first = self.vllm_config.speculative_config.uses_draft_model()
+            if names <= drafting or (by_first and group_id):
+                raise ValueError(
+                    "--kv-policy needs a draft model of --speculative-config whose layers share "
+                    "the first KV cache group with full-attention layers of the model"
+                )
         for attn_group in (*attn_groups, *drafters):
             spec = attn_group.kv_cache_spec
             if not isinstance(spec, SemanticSpec):
@@ -332,9 +346,9 @@ class KVPolicyWorkerMixin(Worker):
                     self._builders.append(builder)
             if attn_group in drafters:
                 kv_caches = stack_layers([layer.kv_cache for layer in layers.values()])
-                self._draft_caches[group_id] = [
+                self._draft_caches.setdefault(group_id, []).extend(
                     CachedKV(kv_cache, spec.head_size, kernel_blocks) for kv_cache in kv_caches
-                ]
+                )
             if self.served_policies.rules:
                 for _, alike in groupby(
                     [layer for name, layer in layers.items() if name not in drafting],

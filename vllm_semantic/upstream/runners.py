@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -29,9 +29,13 @@ class RunnerAccess(ABC):
         """For a step whose attention does what no CUDA graph has captured."""
 
     @abstractmethod
+    def draft_layers(self) -> Set[str]:
+        """The names of the attention layers of a model that drafts."""
+
+    @abstractmethod
     def draft_groups(self) -> Sequence[AttentionGroup]:
-        """The attention layers of a model that drafts, with metadata builders of their own; among
-        the layers of a KV cache group they are listed as well."""
+        """These layers with metadata builders of their own, once the KV cache exists; the model's
+        groups list them as well."""
 
     @abstractmethod
     def copy_stream(self) -> torch.cuda.Stream | None:
@@ -59,8 +63,15 @@ class RunnerV1(RunnerAccess):
         ):
             yield
 
+    def draft_layers(self) -> Set[str]:
+        return getattr(self._drafter, "_draft_attn_layer_names", frozenset())
+
     def draft_groups(self) -> Sequence[AttentionGroup]:
-        return getattr(getattr(self._runner, "drafter", None), "draft_attn_groups", ())
+        return getattr(self._drafter, "draft_attn_groups", ())
+
+    @property
+    def _drafter(self) -> Any:
+        return getattr(self._runner, "drafter", None)
 
     def copy_stream(self) -> torch.cuda.Stream | None:
         return self._runner.async_output_copy_stream
@@ -91,8 +102,11 @@ class RunnerV2(RunnerAccess):
         with replaced(self._runner.cudagraph_manager, "_graphs_captured", False):
             yield
 
+    def draft_layers(self) -> Set[str]:
+        return frozenset()  # refused at start
+
     def draft_groups(self) -> Sequence[AttentionGroup]:
-        return ()  # refused at start
+        return ()
 
     def copy_stream(self) -> torch.cuda.Stream | None:
         return self._runner.output_copy_stream
