@@ -51,6 +51,7 @@ def sizes(max_model_len: int = 8192, max_num_batched_tokens: int = 512, batches:
             max_num_batched_tokens=max_num_batched_tokens, async_scheduling=False
         ),
         max_in_flight_tokens=batches * max_num_batched_tokens,
+        num_lookahead_tokens=0,
     )
 
 

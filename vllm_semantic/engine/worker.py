@@ -359,7 +359,7 @@ class KVPolicyWorkerMixin(Worker):
         return scored
 
     def _connect_builder(
-        self, builder: CompactingBuilder, group_id: int, max_num_blocks: int, num_ahead: int
+        self, builder: CompactingBuilder, group_id: int, max_num_blocks: int, num_ahead: int = 0
     ) -> None:
         """Tell a metadata builder of a KV cache group where to look in each step."""
         held = self._held[group_id]
