@@ -196,8 +196,9 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
         f"{drafter} (allowed: {', '.join(SPECULATIVE_METHODS)})": (
             speculative is not None and speculative.method not in SPECULATIVE_METHODS
         ),
-        f"{drafter}, where scores come a step after they are wanted (allowed: "
-        "--no-async-scheduling)": drafts and vllm_config.scheduler_config.async_scheduling,
+        f"{drafter} and --async-scheduling (allowed: --no-async-scheduling)": (
+            drafts and vllm_config.scheduler_config.async_scheduling
+        ),
         f"{drafter} on Model Runner V2 (allowed: VLLM_USE_V2_MODEL_RUNNER=0)": (
             drafts and vllm_config.use_v2_model_runner
         ),
