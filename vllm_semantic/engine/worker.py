@@ -292,13 +292,14 @@ class KVPolicyWorkerMixin(Worker):
         group = get_tp_group()
         if group.world_size == 1:
             return scores
+        of_rank = scores.clone()  # vLLM's may reduce in place
         means = group.all_reduce(scores) / group.world_size
         if not any(highest):
             return means
-        dist.all_reduce(scores, dist.ReduceOp.MAX, group.device_group)
+        dist.all_reduce(of_rank, dist.ReduceOp.MAX, group.device_group)
         takes_highest = async_tensor_h2d(highest, scores.device, torch.bool)
         # NaN, by which a rank says that its policy failed, is a number to a maximum.
-        return torch.where(takes_highest & ~means.isnan(), scores, means)
+        return torch.where(takes_highest & ~means.isnan(), of_rank, means)
 
     # -- once, at start ----------------------------------------------------------------
 
