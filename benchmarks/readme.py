@@ -60,6 +60,7 @@ def run() -> None:
             ("answers", "demo", answers_table),
             ("real-one-group", "real-one-group", _rules),
             ("real-few-groups", "real-few-groups", _rules),
+            ("real-fp8", "real-fp8", _stored),
             ("turns", "turns", _turns),
             ("turns-others", "turns-others", _turns),
             ("turns-in-groups", "turns-in-groups", _turns),
