@@ -4,52 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from vllm import SamplingParams
-from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
-from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from benchmarks.host import make_scheduler
-from vllm_semantic import register
 from vllm_semantic.engine.manager import NoRoomError
-from vllm_semantic.engine.spec import semantic_spec
 from vllm_semantic.messages import attach_scores, step_of
-from vllm_semantic.served import ServedPolicies
-from vllm_semantic.upstream.hooks import SCHEDULERS
 
-BLOCK_SIZE = 4
+from .test_sessions import BLOCK_SIZE, scheduler_under
+
 SHARED = list(range(100, 121))
 """What two sessions begin with."""
 SHARED_BLOCKS = range(5)
 """These score highest, in up to :data:`CUT_DOWN` tokens; then all others."""
 CUT_DOWN = 68
-POLICY = {"name": "semantic", "sink_tokens": 0, "recent_tokens": 4, "semantic_tokens": 28}
+POLICY = {"sink_tokens": 0, "recent_tokens": 4, "semantic_tokens": 28}
 
 
 class Engine:
     """A scheduler of ours, and a worker that wants what it is told to want."""
 
     def __init__(self, model: str, num_blocks: int) -> None:
-        register()
-        config = EngineArgs(
-            model=model,
-            skip_tokenizer_init=True,
-            max_model_len=256,
-            max_num_batched_tokens=16,
-            block_size=32,
-            enable_prefix_caching=True,
-        ).create_engine_config()
-        full = FullAttentionSpec(
-            block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
+        self.scheduler = scheduler_under(
+            model, num_slots=64, num_blocks=num_blocks, caching=True, **POLICY
         )
-        spec = semantic_spec(full, ServedPolicies.from_config(POLICY), config, 0, num_slots=64)
-        scheduler = resolve_obj_by_qualname(SCHEDULERS[False])
-        self.scheduler = make_scheduler(scheduler, config, [spec], num_blocks)
         (self.manager,) = self.scheduler.kv_policy_managers.values()
         self.manager.question_tokens = BLOCK_SIZE
         self.refused = 0

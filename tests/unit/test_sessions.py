@@ -56,7 +56,7 @@ def test_points_of_earlier_turns_stay() -> None:
 SEMANTIC = {"name": "semantic", "sink_tokens": 4, "recent_tokens": 4, "semantic_tokens": 8}
 
 
-def make_config(llama: str, **kwargs: Any) -> Any:
+def make_config(llama: str, caching: bool = False, **kwargs: Any) -> Any:
     register()
     return EngineArgs(
         model=llama,
@@ -64,7 +64,7 @@ def make_config(llama: str, **kwargs: Any) -> Any:
         max_model_len=256,
         max_num_batched_tokens=16,
         block_size=32,
-        enable_prefix_caching=False,
+        enable_prefix_caching=caching,
         **kwargs,
     ).create_engine_config()
 
@@ -74,17 +74,20 @@ def scheduler_under(
     asynchronous: bool = False,
     block_size: int = BLOCK_SIZE,
     num_slots: int = 0,
+    num_blocks: int = 64,
+    caching: bool = False,
     **policy: Any,
 ) -> Any:
-    """A scheduler of 64 blocks under the policy above."""
-    config = make_config(llama)
+    """A scheduler under the policy above."""
+    config = make_config(llama, caching)
     full = FullAttentionSpec(
         block_size=block_size, num_kv_heads=1, head_size=32, dtype=torch.float32
     )
     config.scheduler_config.async_scheduling = asynchronous
     served = ServedPolicies.from_config(SEMANTIC | policy)
     spec = semantic_spec(full, served, config, num_slots=num_slots)
-    return make_scheduler(resolve_obj_by_qualname(SCHEDULERS[asynchronous]), config, [spec], 64)
+    scheduler = resolve_obj_by_qualname(SCHEDULERS[asynchronous])
+    return make_scheduler(scheduler, config, [spec], num_blocks)
 
 
 def result_of(output: Any, sampled: list[str]) -> ModelRunnerOutput:

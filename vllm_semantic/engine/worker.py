@@ -134,7 +134,7 @@ class KVPolicyWorkerMixin(Worker):
             group_id: self._connect(group_id, attn_groups)
             for group_id, attn_groups in enumerate(self.model_runner.attn_groups)
         }
-        self._host = self._host_blocks(self.model_runner.attn_groups, scored)
+        self._host = self._host_blocks(scored)
         self._block_scorer = BlockScorer(scored, self._windows, self._over_ranks, self._host)
         backends = {
             attn_group.backend.__name__
@@ -370,11 +370,10 @@ class KVPolicyWorkerMixin(Worker):
         builder.reads = partial(self._host_reads, group_id)
         builder.kernel_blocks = held.kernel_blocks
 
-    def _host_blocks(
-        self, attn_groups: list[list[AttentionGroup]], scored: dict[int, list[ScoredLayers]]
-    ) -> HostBlocks | None:
+    def _host_blocks(self, scored: dict[int, list[ScoredLayers]]) -> HostBlocks | None:
         """Host memory for evicted blocks, where some was asked for; the layers get their part."""
         groups = {group_id: layers for group_id, layers in scored.items() if layers}
+        attn_groups = self.model_runner.attn_groups
         specs = [of.kv_cache_spec for group_id in groups for of in attn_groups[group_id]]
         num_slots = next((s.host_slots for s in specs if isinstance(s, SemanticSpec)), 0)
         if not num_slots:
