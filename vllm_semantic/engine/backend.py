@@ -83,12 +83,32 @@ class StepBuffers:
             self.query_places[: len(rows)].copy_(async_tensor_h2d(rows, device, torch.int64))
         self.num_kept = num_kept
 
+    def settle_places(self, common: CommonAttentionMetadata) -> None:
+        """Move what was placed to where its tokens really are, on the device.
+
+        Args:
+            common: of the step. Its lengths on the host are those without rejected drafts.
+        """
+        assert self.windows is not None
+        assert common.seq_lens_cpu_upper_bound is not None
+        size, device = self.windows.num_queries, self.query_places.device
+        sources, rows = self.query_places[1 : 1 + self.num_kept].unbind(1)
+        in_batch = torch.searchsorted(common.query_start_loc[1:].long(), sources, right=True)
+        assumed = async_tensor_h2d(common.seq_lens_cpu_upper_bound.numpy(), device, torch.int32)
+        num_rejected = (assumed - common.seq_lens)[in_batch]
+        in_ring = rows % size
+        rows += (in_ring - num_rejected) % size - in_ring
+
 
 class CompactingBuilder:
     """Mixin before an ``AttentionMetadataBuilder``: a block table without evicted blocks."""
 
     # Sharing metadata between groups would skip `build`, and with it the compaction.
     supports_update_block_table = False
+
+    drafts_ahead = False
+    """Whether a step is scheduled before it is known which drafts of the last were right: then the
+    device alone knows how long sequences are. Written by the worker with :attr:`buffers`."""
 
     buffers: StepBuffers | None = None
     """Written by the worker once the KV cache exists; ``None`` for layers without a policy."""
@@ -110,6 +130,8 @@ class CompactingBuilder:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # So would a graph of all steps of a draft.
+        self.supports_draft_decode_metadata_update = False
         self._arguments = args, kwargs
 
     def build(
@@ -147,6 +169,8 @@ class CompactingBuilder:
                 common = self._stage(common, self.buffers)
             if self.buffers.windows is not None:
                 self.buffers.place_queries(self.query_rows(common_attn_metadata))
+                if self.drafts_ahead and self.buffers.num_kept:
+                    self.buffers.settle_places(common_attn_metadata)
                 if self.captured:  # a graph has one launch, for as many as there may be
                     query_places = self.buffers.query_places
                 elif num_kept := self.buffers.num_kept:

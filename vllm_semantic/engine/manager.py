@@ -75,6 +75,15 @@ class BoundedSpec(Protocol):
     def admission_blocks(self, policy: KVPolicy) -> int | None: ...
 
 
+def has_drafts_in_flight(request: Request) -> bool:
+    """Whether a request's steps in flight may compute fewer tokens than were scheduled.
+
+    Each owes a token; what vLLM expects of them beyond one was drafted. Two steps in flight without
+    drafts look the same, and are waited for too.
+    """
+    return request.num_output_placeholders > 1
+
+
 class NoRoomError(Exception):
     """The pool has no block for what comes back: some request has to be preempted first."""
 
@@ -134,12 +143,15 @@ class SemanticManager(FullAttentionManager):
             num_new: tokens the scheduler would like to compute.
 
         Returns:
-            At most ``num_new`` tokens.
+            At most ``num_new`` tokens; 0 while drafts in flight decide whether the request is at an
+            eviction point.
         """
         if not policy_of(request, self.default_policy).bounded:
             return num_new
         request_id, num_prompt = request.request_id, request.num_prompt_tokens
         if self.eviction_delay and self._is_point(request_id, num_computed, num_prompt):
+            if has_drafts_in_flight(request):
+                return 0
             # What still sees the evicted blocks is this one token, however steps fall.
             return min(num_new, self.eviction_delay)
         point = self._next_point(request_id, num_computed, num_prompt)

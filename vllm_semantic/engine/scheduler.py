@@ -28,7 +28,7 @@ from ..served import REQUEST_KEY
 from ..upstream.versions import end_with_error
 from .host_pool import HostPool
 from .kv_cache_manager import SemanticKVCacheManager
-from .manager import SemanticManager
+from .manager import SemanticManager, has_drafts_in_flight
 from .offloading import Offloading
 from .recalls import Recalls
 from .spec import SemanticSpec
@@ -252,9 +252,12 @@ class KVPolicyMixin(Scheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """End a chunk at the request's next eviction point; vLLM's last word on its size."""
-        if num_new_tokens <= 1:  # nothing to shorten; vLLM reserves for drafts only
-            return max(num_new_tokens, 0)
+        """End a chunk at the request's next eviction point; vLLM's last word on its size.
+
+        With none the request is passed over, until its steps in flight are settled.
+        """
+        if num_new_tokens <= 1 and not has_drafts_in_flight(request):
+            return max(num_new_tokens, 0)  # nothing to shorten; vLLM reserves for drafts only
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )

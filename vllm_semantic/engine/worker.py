@@ -124,6 +124,9 @@ class KVPolicyWorkerMixin(Worker):
         self._scored_layers: dict[int, list[Attention]] = {}
         self._draft_caches: dict[int, list[CachedKV]] = {}
         self._scores: PendingScores | None = None
+        self._drafts_ahead = bool(
+            self.scheduler_config.async_scheduling and self.vllm_config.num_speculative_tokens
+        )
         self._end_step()
         self._windows = QueryWindows(
             self.served_policies.num_queries,
@@ -369,6 +372,7 @@ class KVPolicyWorkerMixin(Worker):
         builder.query_rows = self._query_rows
         builder.reads = partial(self._host_reads, group_id)
         builder.kernel_blocks = held.kernel_blocks
+        builder.drafts_ahead = self._drafts_ahead
 
     def _host_blocks(self, scored: dict[int, list[ScoredLayers]]) -> HostBlocks | None:
         """Host memory for evicted blocks, where some was asked for; the layers get their part."""

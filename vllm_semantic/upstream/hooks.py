@@ -146,9 +146,10 @@ def _finishing(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
         if engine_args.block_size is None:
             platform = "xformers" if xformers else current_platform.device_type
             engine_args.block_size = DEFAULT_BLOCK_SIZE.get(platform)
-        if engine_args.speculative_config and engine_args.async_scheduling is None:
-            engine_args.async_scheduling = False
         vllm_config = create_engine_config(engine_args, *args, **kwargs)
+        if drafts_ahead_on_v1(vllm_config) and engine_args.async_scheduling is None:
+            engine_args.async_scheduling = False  # vLLM's own choice, then
+            vllm_config = create_engine_config(engine_args, *args, **kwargs)
         finish_config(vllm_config, served.default)
         check_layer_groups(served.layer_groups, num_full_layers(vllm_config))
         served.try_out(attention_shape(vllm_config))
@@ -176,6 +177,19 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def drafts_ahead_on_v1(vllm_config: VllmConfig) -> bool:
+    """Whether Model Runner V1 would draft for steps that are scheduled ahead.
+
+    A request that waits for its drafts to be verified is passed over for a step, and V1 looks for
+    its drafts in the last step.
+    """
+    return bool(
+        vllm_config.num_speculative_tokens
+        and vllm_config.scheduler_config.async_scheduling
+        and not vllm_config.use_v2_model_runner
+    )
+
+
 def unsupported_features(vllm_config: VllmConfig) -> list[str]:
     """What of a configuration a policy cannot serve yet, in the words of vLLM's flags."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
@@ -196,11 +210,8 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
         f"{drafter} (allowed: {', '.join(SPECULATIVE_METHODS)})": (
             speculative is not None and speculative.method not in SPECULATIVE_METHODS
         ),
-        f"{drafter} and --async-scheduling (allowed: --no-async-scheduling)": (
-            drafts and vllm_config.scheduler_config.async_scheduling
-        ),
-        f"{drafter} on Model Runner V2 (allowed: VLLM_USE_V2_MODEL_RUNNER=0)": (
-            drafts and vllm_config.use_v2_model_runner
+        f"{drafter} and --async-scheduling on Model Runner V1 (allowed: --no-async-scheduling)": (
+            drafts_ahead_on_v1(vllm_config)
         ),
         f"{drafter} with {CONFIG_FLAG}.{LAYER_GROUPS} {served.layer_groups} (allowed: 1)": (
             drafts and served.layer_groups > 1

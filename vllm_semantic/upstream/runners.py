@@ -103,10 +103,11 @@ class RunnerV2(RunnerAccess):
             yield
 
     def draft_layers(self) -> Set[str]:
-        return frozenset()  # refused at start
+        return getattr(self._runner.speculator, "draft_attn_layer_names", frozenset())
 
     def draft_groups(self) -> Sequence[AttentionGroup]:
-        return ()
+        groups = getattr(self._runner.speculator, "attn_groups", ())
+        return [attn_group for of_cache in groups for attn_group in of_cache]
 
     def copy_stream(self) -> torch.cuda.Stream | None:
         return self._runner.output_copy_stream
