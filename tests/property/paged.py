@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from vllm.v1.outputs import ModelRunnerOutput
 
+from vllm_semantic.engine.backend import StepBuffers
 from vllm_semantic.engine.held_blocks import HeldBlocks
 from vllm_semantic.engine.host_pool import HostPool
 from vllm_semantic.engine.query_windows import QueryWindows
@@ -239,6 +242,7 @@ class PagedWorker:
     ) -> None:
         self.block_size = block_size
         self.windows = QueryWindows(num_queries, max_num_reqs, MAX_DRAFTS)
+        self.buffers = StepBuffers(max_num_reqs, 1, self.windows, torch.device("cpu"))
         self.groups = range(num_groups)
         self.held = [HeldBlocks(max_num_reqs, max_num_blocks, block_size, 1) for _ in self.groups]
         self.queries: dict[int, tuple[str, int]] = {}
@@ -251,7 +255,17 @@ class PagedWorker:
         """As vLLM's runner has them: what was evicted is still named there."""
         self.gone: dict[str, list[set[int]]] = {}
 
-    def execute(self, output: Any, requests: dict[str, Tokens]) -> ModelRunnerOutput:
+    def execute(
+        self, output: Any, requests: dict[str, Tokens], ahead: Mapping[str, int]
+    ) -> ModelRunnerOutput:
+        """Run a step.
+
+        Args:
+            output: of the scheduler.
+            requests: what they say.
+            ahead: by request, rejected drafts of steps in flight: the scheduler counts them as
+                computed, and the device knows better.
+        """
         step = step_of(output) or KVPolicyStep()
         gone = output.finished_req_ids | (output.preempted_req_ids or set())
         self.windows.forget(gone)
@@ -261,13 +275,20 @@ class PagedWorker:
         self._apply_evictions(step)
         spans = self._update_rows(output, requests)
         self._check_reads(step, requests)
-        drafts = output.scheduled_spec_decode_tokens
+        for group in self.groups:
+            self._check_held(group, {r: end for r, (_, end, _) in spans.items()})
+        assumed = {r: end for r, (_, end, _) in spans.items()}
+        spans = {r: tuple(n - ahead.get(r, 0) for n in span) for r, span in spans.items()}
+        self.ends = {r: end for r, (_, end, _) in spans.items()}
+        drafts = {
+            r: drafts if -1 not in drafts else requests[r].drafts(spans[r][2])[: len(drafts)]
+            for r, drafts in output.scheduled_spec_decode_tokens.items()
+        }
         accepted = {
             r: self._accepted(requests[r], known, drafts.get(r, []))
             for r, (*_, known) in spans.items()
         }
         for group in self.groups:
-            self._check_held(group, {r: end for r, (_, end, _) in spans.items()})
             for request_id, (start, end, _) in spans.items():
                 right = spans[request_id][2] + accepted[request_id]
                 self._write(group, request_id, requests[request_id], start, end, right, step)
@@ -277,7 +298,7 @@ class PagedWorker:
                 self._read(group, request_id, requests[request_id], settled)
         if step.keeps_queries:
             kept = {r: (start, end) for r, (start, end, _) in spans.items()}
-            self._keep_queries(step.keeps_queries, kept)
+            self._keep_queries(step.keeps_queries, kept, assumed)
         result = ModelRunnerOutput(
             req_ids=list(spans),
             req_id_to_index={request_id: i for i, request_id in enumerate(spans)},
@@ -292,7 +313,7 @@ class PagedWorker:
             assert [*step.score_requests] == [*self.groups], "all groups are asked at once"
             scores = {
                 group: {
-                    r: self._score(group, of, r, requests[r], spans[r], accepted[r])
+                    r: self._score(group, of, r, requests[r], spans[r], assumed[r], accepted[r])
                     for r, of in asked.items()
                 }
                 for group, asked in step.score_requests.items()
@@ -328,11 +349,20 @@ class PagedWorker:
                 ids = [int(b) or i for b, i in zip(back[:num_kept], ids, strict=True)]
             assert ids == [row[i] for i in kept[:num_kept]]
 
-    def _keep_queries(self, wanted: set[str], spans: dict[str, tuple[int, int]]) -> None:
+    def _keep_queries(
+        self, wanted: set[str], spans: dict[str, tuple[int, int]], assumed: dict[str, int]
+    ) -> None:
         assert wanted <= spans.keys()
         starts = np.cumsum([0, *(end - start for start, end in spans.values())])
-        ends = np.array([end for _, end in spans.values()])
-        places = self.windows.place(wanted, list(spans), starts, ends)
+        lengths = np.array(list(assumed.values()), np.int32)
+        self.buffers.place_queries(self.windows.place(wanted, list(spans), starts, lengths))
+        step: Any = SimpleNamespace(
+            query_start_loc=torch.from_numpy(starts),
+            seq_lens=torch.tensor([end for _, end in spans.values()]),
+            seq_lens_cpu_upper_bound=torch.from_numpy(lengths),
+        )
+        self.buffers.settle_places(step)
+        places = self.buffers.query_places[1 : 1 + self.buffers.num_kept].tolist()
         batch = [(r, i) for r, (start, end) in spans.items() for i in range(start, end)]
         assert len({row for _, row in places}) == len(places), "two queries in one place"
         for source, row in places:
@@ -470,9 +500,12 @@ class PagedWorker:
         request_id: str,
         tokens: Tokens,
         span: tuple[int, int, int],
+        assumed: int,
         accepted: int,
     ) -> list[float]:
         _, end, known = span
+        early = end < assumed or end > known + accepted
+        end = assumed
         row = self.rows[request_id][group]
         assert asked.block_indices == sorted(set(asked.block_indices))
         filling = [end // self.block_size] if end % self.block_size else []
@@ -481,11 +514,12 @@ class PagedWorker:
         held = [i for i in range(end // self.block_size) if row[i]]
         sink = asked.policy.budget(self.block_size).sink if asked.over_layers == "max" else 0
         assert asked.block_indices == held[sink:], "every full block that is held"
-        self._check_window(request_id, end, asked.policy.num_queries)
+        if not early:
+            self._check_window(request_id, end, asked.policy.num_queries)
         for i, slot in asked.recallable.items():
             assert row[i] == 0, "it is here, and would have to come back"
             self._check_slot(group, tokens, i, slot)
-        if end > known + accepted:  # what queries of rejected drafts say counts nowhere
+        if early:  # the request has not come so far, and what is found counts nowhere
             return [float(-i % 3) for i in asked.scored_indices]
         return [tokens.score(end, i, group) for i in asked.scored_indices]
 

@@ -144,9 +144,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.tokens_per_step = data.draw(st.sampled_from([8, 13, 16, 32]))
         self.caching = data.draw(st.booleans())
-        self.speculates = (
-            self.policies is TIGHT and not self.asynchronous and data.draw(st.booleans())
-        )
+        self.speculates = self.policies is TIGHT and data.draw(st.booleans())
         vllm_config = make_config(
             self.model,
             self.asynchronous,
@@ -190,7 +188,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             BLOCK_SIZE, self.served.num_queries, MAX_REQUESTS, max(least), len(self.groups)
         )
         self.hashes = PrefixOfHash(BLOCK_SIZE, len(self.groups))
-        self.in_flight: deque[tuple[Any, Any, Any]] = deque()
+        self.in_flight: deque[tuple[Any, Any, Any, dict[str, int]]] = deque()
+        """Of each step: what was scheduled, by stock too, what came, and how many drafts of which
+        requests were wrong."""
         self.tokens: dict[str, Tokens] = {}
         self.requests: dict[str, Request] = {}
         self.expected: dict[str, ExpectedRequest] = {}
@@ -364,19 +364,26 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.in_flight) < self.max_in_flight)
     @rule()
     def schedule(self) -> None:
-        if self.speculates:
+        if self.speculates and not self.asynchronous:
             self.draft()
         output = self.scheduler.schedule()
         stock_output = self.stock.schedule() if self.stock else None
         if stock_output is not None:
             self.check_like_stock(output, stock_output)
         self.follow(output)
-        result = self.worker.execute(output, self.tokens)
+        ahead: Counter[str] = Counter()
+        for *_, rejected in self.in_flight:
+            ahead.update(rejected)
+        result = self.worker.execute(output, self.tokens, ahead)
+        rejected = {}
         drafts = output.scheduled_spec_decode_tokens
         for of, sampled in zip(result.req_ids, result.sampled_token_ids, strict=True):
-            self.seen["drafts accepted"] += max(0, len(sampled) - 1)
-            self.seen["drafts rejected"] += len(drafts.get(of, ())) - max(0, len(sampled) - 1)
-        self.in_flight.append((output, stock_output, result))
+            num_accepted = max(0, len(sampled) - 1)
+            rejected[of] = len(drafts.get(of, ())) - num_accepted
+            self.seen["drafts accepted"] += num_accepted
+            self.seen["drafts rejected"] += rejected[of]
+            self.seen["steps behind drafts"] += ahead[of] > 0
+        self.in_flight.append((output, stock_output, result, rejected))
         self.check()
         self.check_step(output)
 
@@ -394,7 +401,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._settle_oldest()
 
     def _settle_oldest(self) -> None:
-        output, stock_output, result = self.in_flight.popleft()
+        output, stock_output, result, _ = self.in_flight.popleft()
         self.seen["stale scores"] += sum(
             self.requests[request_id].num_stale_output_tokens > 0
             for request_id in scores_of(result).get(0, {})
@@ -468,6 +475,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.seen["reads"] += sum(map(len, step.reads.values())) if step else 0
         for request_id in resumed | (output.preempted_req_ids or set()):
             self.start_over(request_id)
+        begun = {new.req_id for new in output.scheduled_new_reqs}
+        for *_, rejected in self.in_flight:
+            for request_id in resumed | begun:
+                rejected.pop(request_id, None)
         self.seen["steps"] += 1
         self.seen["resumed"] += len(resumed)
         self.seen["resumed with a hit"] += sum(
@@ -582,7 +593,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 continue  # what can come back depends on the others
             # Nor does it matter how the prompt was cut into chunks, or when scores came.
             expected.until(start)
-            for position, slot in self.worker.slots_of(request_id, end):
+            for position, slot in self.worker.slots_of(request_id, self.worker.ends[request_id]):
                 assert slot.gone == expected.gone_at(position)
 
     def check_like_stock(self, output: Any, stock: Any) -> None:
@@ -620,7 +631,6 @@ def test_schedulers(asynchronous: bool, policies: list[dict[str, Any]], llama: s
         common |= {"recalls": 200, "recalls of an answer": 50, "reads": 200}
         common["host memory full"] = 100
         if asynchronous:
-            common["stale scores"] = 20
-        else:
-            common |= {"drafts accepted": 200, "drafts rejected": 200}
+            common |= {"stale scores": 20, "steps behind drafts": 200}
+        common |= {"drafts accepted": 200, "drafts rejected": 200}
     assert all(seen[what] >= least for what, least in common.items()), seen

@@ -93,7 +93,8 @@ class StepBuffers:
         assert common.seq_lens_cpu_upper_bound is not None
         size, device = self.windows.num_queries, self.query_places.device
         sources, rows = self.query_places[1 : 1 + self.num_kept].unbind(1)
-        in_batch = torch.searchsorted(common.query_start_loc[1:].long(), sources, right=True)
+        ends = common.query_start_loc[1:].long()
+        in_batch = torch.searchsorted(ends, sources.contiguous(), right=True)
         assumed = async_tensor_h2d(common.seq_lens_cpu_upper_bound.numpy(), device, torch.int32)
         num_rejected = (assumed - common.seq_lens)[in_batch]
         in_ring = rows % size
