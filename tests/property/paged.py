@@ -422,7 +422,8 @@ class PagedWorker:
             self.gone[new.req_id] = [
                 {i for i, block in enumerate(block_ids) if not block} for block_ids in new.block_ids
             ]
-            spans[new.req_id] = (new.num_computed_tokens, len(requests[new.req_id].prompt))
+            known = new.prefill_token_ids or requests[new.req_id].prompt
+            spans[new.req_id] = (new.num_computed_tokens, len(known))
         cached = output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
             new_block_ids = cached.new_block_ids[i] or [[] for _ in self.groups]

@@ -172,6 +172,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         ours = resolve_obj_by_qualname(SCHEDULERS[self.asynchronous])
         self.scheduler = make_scheduler(ours, vllm_config, specs, num_blocks)
         self.scheduler.num_lookahead_tokens = self.num_ahead
+        # To Model Runner V2 a request that was preempted is new.
+        self.scheduler.use_v2_model_runner = self.asynchronous and data.draw(st.booleans())
         self.managers = self.scheduler.kv_policy_managers
         for group, manager in self.managers.items():
             manager._evict_at = partial(self.record, group, manager._evict_at)
@@ -182,6 +184,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.policies is AMPLE:
             stock = AsyncScheduler if self.asynchronous else Scheduler
             self.stock = make_scheduler(stock, vllm_config, [full for _ in specs], num_blocks)
+            self.stock.use_v2_model_runner = self.scheduler.use_v2_model_runner
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(BLOCK_SIZE, sha256) if self.caching else None
         self.worker = PagedWorker(
@@ -207,6 +210,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.evicted: dict[str, list[dict[int, list[int]]]] = {}
         """Of each request since it last started over, in each group: computed tokens -> logical
         blocks."""
+        self.preempted: set[str] = set()
+        """Requests that have not gone on since."""
         self.curtailed: set[str] = set()
         """Requests that could not recall all that they wanted."""
         self.recalled: dict[str, list[dict[int, list[int]]]] = {}
@@ -455,7 +460,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def follow(self, output: Any) -> None:
         """Note what was evicted, and that it was allowed to be."""
         step = step_of(output)
-        resumed = output.scheduled_cached_reqs.resumed_req_ids
+        begun = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        hits = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True)) | begun
+        gone = output.preempted_req_ids or set()
+        resumed = cached.resumed_req_ids | (begun.keys() & (self.preempted | gone))
+        self.preempted = (self.preempted | gone) - resumed
         evictions = step.evictions if step else {}
         if not self.served.layer_skew_tokens and not self.num_slots:
             assert len({tuple(of) for of in evictions.values()}) <= 1, "all groups at once"
@@ -473,23 +483,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             for request_id, places in of_group.items():
                 assert len(places) <= len(evictions[group][request_id]), "more come than go"
         self.seen["reads"] += sum(map(len, step.reads.values())) if step else 0
-        for request_id in resumed | (output.preempted_req_ids or set()):
+        for request_id in resumed | gone:
             self.start_over(request_id)
-        begun = {new.req_id for new in output.scheduled_new_reqs}
         for *_, rejected in self.in_flight:
-            for request_id in resumed | begun:
+            for request_id in resumed | begun.keys():
                 rejected.pop(request_id, None)
         self.seen["steps"] += 1
         self.seen["resumed"] += len(resumed)
-        self.seen["resumed with a hit"] += sum(
-            n > 0 and request_id in resumed
-            for request_id, n in zip(
-                output.scheduled_cached_reqs.req_ids,
-                output.scheduled_cached_reqs.num_computed_tokens,
-                strict=True,
-            )
-        )
-        self.seen["hits"] += sum(new.num_computed_tokens > 0 for new in output.scheduled_new_reqs)
+        self.seen["resumed with a hit"] += sum(hits[request_id] > 0 for request_id in resumed)
+        self.seen["hits"] += sum(begun[name] > 0 for name in begun.keys() - resumed)
 
     def record(self, group: int, evict_at: Any, request_id: str, state: Any, at: int) -> None:
         """Note what is evicted at a point and what comes back, and that it is allowed to."""
