@@ -1,4 +1,7 @@
-"""Speculation under a policy: the same tokens and evictions as without, in fewer steps."""
+"""Speculation under a policy: the same tokens and evictions as without, in fewer steps.
+
+On Runner V2 these run where steps are scheduled ahead, which V1 does not draft for.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,17 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
+from .. import interpreter
 from ..engines import engine, manager_of, worker_of
 from ..models import make_draft, make_eagle
+from ..platforms import schedules_ahead
 from .test_recall import PROMPTS, Result, run
 
-NGRAM = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+NGRAM = {
+    "method": "ngram_gpu" if schedules_ahead() else "ngram",
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
 OPTIONS = {
     "sink_tokens": 8,
     "recent_tokens": 64,
@@ -23,6 +32,9 @@ OPTIONS = {
     "recall_blocks": 1,
 }
 IN_GROUPS = {"layer_groups": 2}
+BLOCKS = 50 if schedules_ahead() else 34
+"""A pool that holds little more than one request at its largest: with two steps of 512 tokens in
+flight, or one."""
 PARAMS = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True, detokenize=False)
 
 
@@ -31,9 +43,8 @@ def counted(llm: Any, name: str) -> int:
     return int(metric.value)
 
 
-def serve(model: str, options: dict[str, Any]) -> Result:
+def serve(model: str, options: dict[str, Any], **kwargs: Any) -> Result:
     """What comes of the prompts without speculation."""
-    kwargs = {"async_scheduling": False}  # as speculation has it
     with engine(model, policy="semantic", kv_policy_config=options, **kwargs) as llm:
         return run(llm, PROMPTS, PARAMS)
 
@@ -49,7 +60,7 @@ def in_groups(llama: str) -> Result:
 
 
 def speculate(
-    model: str, options: dict[str, Any], drafter: dict[str, Any], num_blocks: int
+    model: str, options: dict[str, Any], drafter: dict[str, Any], num_blocks: int, **kwargs: Any
 ) -> dict[str, Any]:
     """What comes of the prompts together and, the first two with a cached prefix, alone, and what
     was drafted."""
@@ -61,6 +72,7 @@ def speculate(
         disable_log_stats=False,
         enable_prefix_caching=True,
         num_gpu_blocks_override=num_blocks,
+        **kwargs,
     ) as llm:
         together = run(llm, PROMPTS, PARAMS)
         num_preemptions = llm.trace.num_preemptions
@@ -82,14 +94,16 @@ def check(
     drafter: dict[str, Any],
     num_blocks: int,
     host_layers: int,
+    **kwargs: Any,
 ) -> float:
     """Hold an engine that speculates to one that does not; the share of its drafts that is right.
 
     In a process of its own: speculation loads numba, and vLLM's search for the kernels of the next
     engine (vllm/triton_utils/dispatcher.py) fails on an object of it.
     """
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        found = pool.submit(speculate, model, options, drafter, num_blocks).result()
+    prepare = interpreter.install if interpreter.wanted() else None
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=prepare) as pool:
+        found = pool.submit(speculate, model, options, drafter, num_blocks, **kwargs).result()
     assert found["together"] == without
     assert found["alone"] == without[:2]
     assert found["preemptions"] > 0
@@ -102,25 +116,33 @@ def check(
 
 def test_drafts_change_nothing(in_groups: Result, llama: str) -> None:
     """A block goes when every token in it is settled, whatever was drafted and rejected."""
-    share = check(in_groups, llama, OPTIONS | IN_GROUPS, NGRAM, 2 * 34, host_layers=1)
+    share = check(in_groups, llama, OPTIONS | IN_GROUPS, NGRAM, 2 * BLOCKS, host_layers=1)
     assert 0 < share < 1, "all were right, or none"
 
 
 def test_a_model_that_drafts_sees_what_is_held(without: Result, llama: str, tmp_path: Path) -> None:
     """Its blocks are those of the request: read where some had gone, most drafts would be wrong."""
     drafter = {"method": "draft_model", "model": make_draft(llama, tmp_path)}
-    share = check(without, llama, OPTIONS, drafter, 34, host_layers=4)
+    share = check(without, llama, OPTIONS, drafter, BLOCKS, host_layers=4)
     assert 0.4 < share < 1
 
 
 def test_a_model_of_another_shape_drafts(without: Result, llama: str, tmp_path: Path) -> None:
     """The same, with blocks of twice the size."""
     drafter = {"method": "draft_model", "model": make_draft(llama, tmp_path, kv_repeats=2)}
-    share = check(without, llama, OPTIONS, drafter, 34, host_layers=4)
+    share = check(without, llama, OPTIONS, drafter, BLOCKS, host_layers=4)
     assert 0.4 < share < 1
 
 
 def test_eagle(without: Result, llama: str, tmp_path: Path) -> None:
     drafter = {"method": "eagle", "model": make_eagle(llama, tmp_path)}
-    share = check(without, llama, OPTIONS, drafter, 34, host_layers=3)
+    share = check(without, llama, OPTIONS, drafter, BLOCKS, host_layers=3)
     assert 0 < share < 1
+
+
+@pytest.mark.skipif(not schedules_ahead(), reason="the tests above do not schedule ahead here")
+def test_a_step_at_a_time(llama: str, tmp_path: Path) -> None:
+    """Where a GPU is told not to schedule ahead."""
+    drafter = {"method": "draft_model", "model": make_draft(llama, tmp_path)}
+    kwargs = {"async_scheduling": False}
+    check(serve(llama, OPTIONS, **kwargs), llama, OPTIONS, drafter, 34, host_layers=4, **kwargs)
