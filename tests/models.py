@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 VOCAB_SIZE = 512
+INITIALIZER_RANGE = 0.08
+"""Weights large enough to make logits differ."""
+SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "initializer_range": INITIALIZER_RANGE,
+}
 
 
 def make_llama(path: Path, dtype: torch.dtype = torch.float32, **overrides: object) -> str:
-    """A Llama with grouped-query attention; weights large enough to make logits differ."""
+    """A Llama with grouped-query attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "max_position_embeddings": 8192,
-        "initializer_range": 0.08,
-    }
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**(config | overrides))).to(dtype).save_pretrained(path)
+    LlamaForCausalLM(LlamaConfig(**(SHAPE | {"head_dim": 64} | overrides))).to(dtype).save_pretrained(path)
     return str(path)
 
 
@@ -34,45 +36,108 @@ def make_draft(source: str, path: Path, noise: float = 0.005, kv_repeats: int = 
 
     With every KV head ``kv_repeats`` times its blocks are larger, and what it computes is the same.
     """
-    import json
-
-    from safetensors.torch import load_file, save_file
-
-    config = json.loads((Path(source) / "config.json").read_text())
+    config, _, tensors = first_layer(source)
     config["num_key_value_heads"] *= kv_repeats
     generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for name, tensor in load_file(f"{source}/model.safetensors").items():
+    for name, tensor in tensors.items():
         tensor += noise * tensor.std() * torch.randn(tensor.shape, generator=generator)
         if name.endswith(("k_proj.weight", "v_proj.weight")):
             heads = tensor.unflatten(0, (-1, config["head_dim"]))
             tensor = heads.repeat_interleave(kv_repeats, dim=0).flatten(0, 1).contiguous()
         tensors[name] = tensor
-    path.mkdir(exist_ok=True)
+    return write_model(path, config, tensors)
+
+
+def make_shallow(path: Path, family: str = "Llama") -> str:
+    """A Llama or a Qwen2 whose second layer says little: its first alone is right most of the
+    time."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SHAPE)
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(path)
+    tensors = load_file(path / "model.safetensors")
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        tensors[f"model.layers.1.{name}.weight"] *= 0.05
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps(config))
     return str(path)
 
 
 def make_eagle(source: str, path: Path) -> str:
-    """An EAGLE head that nobody has trained: the last layer of a model, which looks at the next
-    token and a little at what the model made of those before."""
+    """An EAGLE head for a shallow model: its first layer, which sees the next token alone."""
+    config, layer, weights = first_layer(source)
+    del layer["input_layernorm.weight"]  # the head has none
+    for name in ("q_proj", "k_proj", "v_proj"):
+        layer[f"self_attn.{name}.weight"] /= INITIALIZER_RANGE
+    tensors = {f"layers.0.{name}": tensor for name, tensor in layer.items()}
+    identity = torch.eye(config["hidden_size"])
+    tensors["fc.weight"] = torch.cat((identity, torch.zeros_like(identity)), dim=1)
+    config |= {"num_hidden_layers": 1, "architectures": ["EagleLlamaForCausalLM"]}
+    return write_model(path, config, tensors)
+
+
+def make_eagle3(source: str, path: Path) -> str:
+    """An EAGLE-3 head for a shallow model, which has a last layer of its own and ignores what three
+    layers of the model made of the tokens before."""
+    config, layer, weights = first_layer(source)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        of_token = layer[f"self_attn.{name}.weight"]
+        layer[f"self_attn.{name}.weight"] = torch.cat((of_token, torch.zeros_like(of_token)), dim=1)
+    layer["hidden_norm.weight"] = torch.ones(config["hidden_size"])
+    tensors = {f"midlayer.{name}": tensor for name, tensor in layer.items()}
+    tensors["fc.weight"] = torch.zeros(config["hidden_size"], 3 * config["hidden_size"])
+    tensors["norm.weight"] = weights["model.norm.weight"]
+    tensors["lm_head.weight"] = weights["lm_head.weight"]
+    config |= {
+        "num_hidden_layers": 1,
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "draft_vocab_size": config["vocab_size"],
+        "eagle_aux_hidden_state_layer_ids": [0, 1, 2],
+    }
+    return write_model(path, config, tensors)
+
+
+def make_mimo(path: Path) -> str:
+    """A shallow MiMo: a Qwen2 that predicts a token more with a layer of its own (MTP)."""
+    config, layer, tensors = first_layer(make_shallow(path, "Qwen2"))
+    ahead = "model.mtp_layers.0."
+    tensors |= {f"{ahead}{name}": tensor for name, tensor in layer.items()}
+    identity = torch.eye(config["hidden_size"])
+    tensors[f"{ahead}input_proj.weight"] = torch.cat((torch.zeros_like(identity), identity), dim=1)
+    ones = torch.ones(config["hidden_size"])
+    tensors[f"{ahead}token_layernorm.weight"] = ones * INITIALIZER_RANGE
+    tensors[f"{ahead}hidden_layernorm.weight"] = ones.clone()
+    tensors[f"{ahead}final_layernorm.weight"] = ones.clone()
+    config |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    return write_model(path, config, tensors)
+
+
+def first_layer(
+    source: str,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The configuration of a model, a copy of its first layer, and all its weights."""
     import json
 
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
-    config = json.loads((Path(source) / "config.json").read_text())
-    last = f"model.layers.{config['num_hidden_layers'] - 1}."
-    tensors = {
-        f"layers.0.{name.removeprefix(last)}": tensor
-        for name, tensor in load_file(f"{source}/model.safetensors").items()
-        if name.startswith(last) and "input_layernorm" not in name
+    weights = load_file(f"{source}/model.safetensors")
+    prefix = "model.layers.0."
+    layer = {
+        name.removeprefix(prefix): tensor.clone()
+        for name, tensor in weights.items()
+        if name.startswith(prefix)
     }
-    identity = torch.eye(config["hidden_size"])
-    tensors["fc.weight"] = torch.cat((identity, 0.1 * identity), dim=1)
+    return json.loads((Path(source) / "config.json").read_text()), layer, weights
+
+
+def write_model(path: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    import json
+
+    from safetensors.torch import save_file
+
     path.mkdir(exist_ok=True)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    config |= {"num_hidden_layers": 1, "architectures": ["EagleLlamaForCausalLM"]}
     (path / "config.json").write_text(json.dumps(config))
     return str(path)
 

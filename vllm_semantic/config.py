@@ -28,7 +28,7 @@ CONFIG_FLAG = "--kv-policy-config"
 _all_options = reprlib.Repr()  # of a policy: more than its four entries
 _all_options.maxdict = 16
 
-SPECULATIVE_METHODS = ("ngram", "ngram_gpu", "draft_model", "eagle")
+SPECULATIVE_METHODS = ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3", "mtp")
 """What may draft tokens under a policy. A model that drafts has layers of its own in the KV cache:
 its blocks are the request's, and go with them."""
 

@@ -39,6 +39,13 @@ SUITES = {
         "tests/e2e/test_oracle.py::test_rules_of_the_field_agree_with_oracle"
         "[semantic, by attention]",
     ],
+    "speculation": [
+        "tests/e2e/test_speculation.py::test_drafts_change_nothing",
+        "tests/e2e/test_speculation.py::test_a_model_that_drafts_sees_what_is_held",
+        "tests/e2e/test_speculation.py::test_eagle3",
+        "tests/e2e/test_speculation.py::test_mtp",
+        "tests/e2e/test_speculation.py::test_a_step_at_a_time",
+    ],
     "state": [
         "tests/e2e/test_identity.py::test_policy_runs_where_it_says",
         "tests/e2e/test_identity.py::test_ample_budget_changes_nothing[prefix-caching-semantic]",

@@ -15,7 +15,7 @@ from vllm import SamplingParams
 
 from .. import interpreter
 from ..engines import engine, manager_of, worker_of
-from ..models import make_draft, make_eagle
+from ..models import make_draft, make_eagle, make_eagle3, make_mimo, make_shallow
 from ..platforms import schedules_ahead
 from .test_recall import PROMPTS, Result, run
 
@@ -35,7 +35,8 @@ IN_GROUPS = {"layer_groups": 2}
 BLOCKS = 50 if schedules_ahead() else 34
 """A pool that holds little more than one request at its largest: with two steps of 512 tokens in
 flight, or one."""
-PARAMS = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True, detokenize=False)
+MAX_TOKENS = 40 if interpreter.wanted() else 150  # interpreted, a second takes minutes
+PARAMS = SamplingParams(max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True, detokenize=False)
 
 
 def counted(llm: Any, name: str) -> int:
@@ -47,6 +48,16 @@ def serve(model: str, options: dict[str, Any], **kwargs: Any) -> Result:
     """What comes of the prompts without speculation."""
     with engine(model, policy="semantic", kv_policy_config=options, **kwargs) as llm:
         return run(llm, PROMPTS, PARAMS)
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_shallow(tmp_path_factory.mktemp("shallow"))
+
+
+@pytest.fixture(scope="module")
+def without_head(shallow: str) -> Result:
+    return serve(shallow, OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +79,7 @@ def speculate(
         model,
         policy="semantic",
         kv_policy_config=options,
-        speculative_config={"num_speculative_tokens": 4, **drafter},
+        speculative_config={"num_speculative_tokens": 4} | drafter,
         disable_log_stats=False,
         enable_prefix_caching=True,
         num_gpu_blocks_override=num_blocks,
@@ -134,10 +145,24 @@ def test_a_model_of_another_shape_drafts(without: Result, llama: str, tmp_path: 
     assert 0.4 < share < 1
 
 
-def test_eagle(without: Result, llama: str, tmp_path: Path) -> None:
-    drafter = {"method": "eagle", "model": make_eagle(llama, tmp_path)}
-    share = check(without, llama, OPTIONS, drafter, BLOCKS, host_layers=3)
-    assert 0 < share < 1
+def test_eagle(without_head: Result, shallow: str, tmp_path: Path) -> None:
+    drafter = {"method": "eagle", "model": make_eagle(shallow, tmp_path)}
+    share = check(without_head, shallow, OPTIONS, drafter, BLOCKS, host_layers=3)
+    assert 0.3 < share < 1
+
+
+def test_eagle3(without_head: Result, shallow: str, tmp_path: Path) -> None:
+    drafter = {"method": "eagle3", "model": make_eagle3(shallow, tmp_path)}
+    share = check(without_head, shallow, OPTIONS, drafter, BLOCKS, host_layers=3)
+    assert 0.05 < share < 1, "one in 512 would be chance"
+
+
+def test_mtp(tmp_path: Path) -> None:
+    """A layer of the model's own drafts."""
+    mimo = make_mimo(tmp_path)
+    drafter = {"method": "mtp", "num_speculative_tokens": 1}
+    share = check(serve(mimo, OPTIONS), mimo, OPTIONS, drafter, BLOCKS, host_layers=3)
+    assert 0.3 < share < 1
 
 
 @pytest.mark.skipif(not schedules_ahead(), reason="the tests above do not schedule ahead here")
@@ -145,4 +170,4 @@ def test_a_step_at_a_time(llama: str, tmp_path: Path) -> None:
     """Where a GPU is told not to schedule ahead."""
     drafter = {"method": "draft_model", "model": make_draft(llama, tmp_path)}
     kwargs = {"async_scheduling": False}
-    check(serve(llama, OPTIONS, **kwargs), llama, OPTIONS, drafter, 34, host_layers=4, **kwargs)
+    check(serve(llama, OPTIONS, **kwargs), llama, OPTIONS, drafter, 27, host_layers=4, **kwargs)
