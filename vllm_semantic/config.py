@@ -35,9 +35,18 @@ its blocks are the request's, and go with them."""
 KV_CONNECTORS = ("OffloadingConnector",)
 """What ``--kv-transfer-config`` may name under a policy: it can be told which blocks are exact."""
 
-KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
-"""What ``--kv-cache-dtype`` may be under a policy: an fp8 cache has one scale for the keys of a
-layer, and one for its values."""
+KV_CACHE_DTYPES = (
+    "auto",
+    "bfloat16",
+    "float16",
+    "fp8",
+    "fp8_e4m3",
+    "fp8_e5m2",
+    "fp8_per_token_head",
+    "int8_per_token_head",
+)
+"""What ``--kv-cache-dtype`` may be under a policy: a quantised cache has one scale for the keys of
+a layer and one for its values, or one for each key and value of a head."""
 
 WRAPPED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "XFORMERS")
 """vLLM's attention backends, and one of our own, that read a table without evicted blocks."""

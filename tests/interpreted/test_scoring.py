@@ -35,6 +35,11 @@ def reference(
     return torch.stack(scores)
 
 
+def random_scales(of: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A scale for each key or value of a head, four numbers apart, as they lie in a cache."""
+    return torch.rand(*of.shape[:4], 4, generator=generator)[..., 0] + 0.1
+
+
 def score_both(
     num_heads: int = 4,
     num_kv_heads: int = 2,
@@ -45,6 +50,7 @@ def score_both(
     key_dtype: torch.dtype | None = None,
     transposed: bool = False,
     ids: tuple[int, ...] = (3, 0, 2, 3),
+    token_scales: bool = False,
 ) -> None:
     """Hold the kernel to the reference on random inputs of one shape."""
     generator = torch.Generator().manual_seed(head_size + block_size)
@@ -55,7 +61,10 @@ def score_both(
         keys = torch.randn(*shape[:3], head_size, block_size, generator=generator).transpose(3, 4)
     else:  # next to its values
         keys = torch.randn(*shape[:4], 2 * head_size, generator=generator)[..., :head_size]
-    queries, keys = queries.to(dtype), keys.to(key_dtype or dtype)
+    queries, keys = queries.to(dtype), (keys * (20 if key_dtype is torch.int8 else 1)).to(
+        key_dtype or dtype
+    )
+    scales = random_scales(keys, generator) if token_scales else None
     block_ids = torch.tensor(ids, dtype=torch.int64)
     rows = torch.arange(len(ids)) % num_rows
     cached = CachedBlocks(
@@ -68,9 +77,11 @@ def score_both(
         requests=torch.arange(len(ids)),
         first_positions=torch.zeros(len(ids), dtype=torch.int64),
         scale=1.0,
+        key_token_scales=scales,
     )
     scores = scoring.mean_key_cosine(cached)
-    expected = reference(queries, rows, keys, block_ids, kernel_blocks)
+    meant = keys if scales is None else keys.float() * scales.unsqueeze(4)
+    expected = reference(queries, rows, meant, block_ids, kernel_blocks)
     assert scores.shape == (num_layers, len(ids))
     # Both sum in float32, in another order; the blocks' means do not cancel out.
     tokens = block_size * kernel_blocks
@@ -104,6 +115,14 @@ def test_fp8_caches(key_dtype: torch.dtype) -> None:
     score_both(dtype=torch.bfloat16, key_dtype=key_dtype)
 
 
+@pytest.mark.parametrize("key_dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("kernel_blocks", [1, 2])
+def test_caches_with_scales_of_tokens(key_dtype: torch.dtype, kernel_blocks: int) -> None:
+    score_both(
+        dtype=torch.bfloat16, key_dtype=key_dtype, kernel_blocks=kernel_blocks, token_scales=True
+    )
+
+
 @pytest.mark.parametrize("ids", [(), (2,), (1, 1, 1, 1, 1, 1, 1)], ids=["none", "one", "many"])
 def test_numbers_of_blocks(ids: tuple[int, ...]) -> None:
     score_both(ids=ids)
@@ -128,6 +147,7 @@ def attention_both(
     heads: Reduction = "mean",
     transposed: bool = False,
     fp8: torch.dtype | None = None,
+    token_scales: bool = False,
 ) -> None:
     """Hold the kernel to attention over gathered keys and values, request by request.
 
@@ -149,6 +169,10 @@ def attention_both(
         values = torch.randn(shape, generator=generator)
     queries, keys, values = queries.to(dtype), keys.to(fp8 or dtype), values.to(fp8 or dtype)
     logit_scales, value_scales = torch.tensor([[0.5, 3.0], [2.0, 0.25]]) if fp8 else (None, None)
+    of_tokens: tuple[torch.Tensor, ...] = ()
+    if token_scales:
+        logit_scales = value_scales = None
+        of_tokens = random_scales(keys, generator), random_scales(values, generator)
     block_ids = torch.randperm(num_ids, generator=generator)[: num_ids - 1]
     requests = torch.tensor([i for i, (blocks, _) in enumerate(held) for _ in blocks])
     indices = torch.tensor([block for blocks, _ in held for block in blocks])
@@ -175,6 +199,7 @@ def attention_both(
         values,
         logit_scales,
         value_scales,
+        *of_tokens,
     )
     attention = cached_attention(cached, heads)
     contribution = cached_contribution(cached, heads)
@@ -183,10 +208,13 @@ def attention_both(
     for i, num in enumerate(num_tokens):
         mine = requests == i
         kernel_ids = block_ids[mine].unsqueeze(1) * kernel_blocks + torch.arange(kernel_blocks)
+        meant = [keys.float(), values.float()]
+        for of, by in zip(meant, of_tokens):  # noqa: B905  (none: no scales)
+            of *= by.unsqueeze(4)
         gathered, read = (
-            of.float()[:, kernel_ids].transpose(2, 3).flatten(3, 4).nan_to_num()
+            of[:, kernel_ids].transpose(2, 3).flatten(3, 4).nan_to_num()
             * (1 if scales is None else scales.view(-1, 1, 1, 1, 1))
-            for of, scales in ((keys, logit_scales), (values, value_scales))
+            for of, scales in zip(meant, (logit_scales, value_scales), strict=True)
         )
         weights = BlockView(
             queries[:, windows[i]].float(),
@@ -233,6 +261,12 @@ def test_attention_by_dtype(dtype: torch.dtype) -> None:
 def test_attention_in_an_fp8_cache(fp8: torch.dtype) -> None:
     """Each layer has its scales."""
     attention_both(dtype=torch.bfloat16, fp8=fp8)
+
+
+@pytest.mark.parametrize("kernel_blocks", [1, 2])
+def test_attention_in_a_cache_with_scales_of_tokens(kernel_blocks: int) -> None:
+    fp8 = torch.float8_e4m3fn
+    attention_both(dtype=torch.bfloat16, fp8=fp8, kernel_blocks=kernel_blocks, token_scales=True)
 
 
 def test_attention_of_the_highest_head() -> None:

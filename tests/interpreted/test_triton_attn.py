@@ -13,9 +13,9 @@ from ..e2e.test_oracle import assert_agree, generate, start
 from ..models import random_prompts
 
 
-def test_triton_attn_agrees_with_oracle(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys lie next to values, blocks are as small as on a GPU."""
-    chosen = []
+def choose_triton_attn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let engines of a test run TRITON_ATTN; what they chose is added to the answer."""
+    chosen: list[str] = []
 
     def choose(cls: Any, *args: Any, **kwargs: Any) -> str:
         chosen.append(AttentionBackendEnum.TRITON_ATTN.get_path())
@@ -24,6 +24,12 @@ def test_triton_attn_agrees_with_oracle(llama: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(choose))
     # The interpreter has no device to ask; the kernels use it to choose tile sizes.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    return chosen
+
+
+def test_triton_attn_agrees_with_oracle(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys lie next to values, blocks are as small as on a GPU."""
+    chosen = choose_triton_attn(monkeypatch)
     prompts = random_prompts([250, 230])
     with start(llama, "semantic", block_size=16) as llm:
         runs = generate(llm, llama, "semantic", prompts, max_tokens=20)

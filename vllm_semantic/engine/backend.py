@@ -7,7 +7,8 @@ vLLM keeps its own choice of the base.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ..config import WRAPPED_BACKENDS
 from ..ops.queries import keep_queries
+from .cached_kv import token_scales
 from .held_blocks import HeldRows
 from .host_reads import HostRead, Staging, plan_read
 from .query_windows import QueryWindows
@@ -304,8 +306,23 @@ class CapturingImpl:
                 together = read.gather(kv_cache, self.host_kv, self.staging)
                 of_read = (rows[read.tokens] for rows in (query, key, value))
                 rows = output[read.tokens]
-                attend(layer, *of_read, together, read.metadata, rows, *args, **kwargs)
+                with self._reading(together):
+                    attend(layer, *of_read, together, read.metadata, rows, *args, **kwargs)
         return attended
+
+    @contextmanager
+    def _reading(self, kv_cache: torch.Tensor) -> Iterator[None]:
+        """TRITON_ATTN remembers where its cache has the scales of tokens, and makes them 1 where
+        it does not."""
+        names = ("_k_scale_cache", "_v_scale_cache")
+        remembered = {name: vars(self)[name] for name in names if name in vars(self)}
+        if remembered:
+            scales = token_scales(kv_cache, self.head_size)  # type: ignore[attr-defined]
+            vars(self).update(zip(names, (of.transpose(1, 2) for of in scales), strict=True))
+        try:
+            yield
+        finally:
+            vars(self).update(remembered)
 
 
 @cache

@@ -35,12 +35,13 @@ class Packing(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """How an fp8 cache is read: an element times its layer's scale."""
+    """How a quantised cache is read: an element times its layer's scale or its token's."""
 
     dtype: torch.dtype
-    """Of the elements, which vLLM keeps as uint8."""
-    keys: torch.Tensor  # [num_layers] fp32
-    values: torch.Tensor
+    """Of the elements, which vLLM may keep as uint8."""
+    keys: torch.Tensor | None = None
+    """``[num_layers]`` fp32. ``None``: behind each head's key lies its own scale, fp32."""
+    values: torch.Tensor | None = None
 
 
 FP8_DTYPES = {
@@ -48,8 +49,14 @@ FP8_DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-"""By ``--kv-cache-dtype``, the quantised caches that can be read: each layer has a scale for its
-keys, and one for its values."""
+"""By ``--kv-cache-dtype``, the quantised caches that can be read of which each layer has a scale
+for its keys, and one for its values."""
+
+PER_TOKEN_DTYPES = {
+    "fp8_per_token_head": torch.float8_e4m3fn,
+    "int8_per_token_head": torch.int8,
+}
+"""The same of those with a scale for each key of a head, and for each value."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,8 @@ class CachedKV:
 
     ``kv_cache`` is vLLM's logical ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``
     (vllm/v1/kv_cache_interface.py, ``create_kv_cache_views``), in kernel blocks, with the
-    layers in front.
+    layers in front. Scales of tokens are further elements behind a head's key, and its value
+    (vllm/v1/attention/backends/triton_attn.py, ``_ensure_scale_caches``).
     """
 
     kv_cache: torch.Tensor  # [num_layers, num_blocks, num_kv_heads, block_size, 2 * head_size]
@@ -79,10 +87,10 @@ class CachedKV:
 
     def layers(self, part: slice) -> CachedKV:
         """Some of the layers."""
-        fp8 = self.quantized
-        if fp8 is not None:
-            fp8 = fp8._replace(keys=fp8.keys[part], values=fp8.values[part])
-        return replace(self, kv_cache=self.kv_cache[part], quantized=fp8)
+        of_part = self.quantized
+        if of_part is not None and of_part.keys is not None and of_part.values is not None:
+            of_part = of_part._replace(keys=of_part.keys[part], values=of_part.values[part])
+        return replace(self, kv_cache=self.kv_cache[part], quantized=of_part)
 
     @cached_property
     def keys(self) -> torch.Tensor | None:
@@ -95,6 +103,17 @@ class CachedKV:
     def values(self) -> torch.Tensor | None:
         """All values, as :attr:`keys`."""
         return self._view(1)
+
+    @cached_property
+    def key_scales(self) -> torch.Tensor | None:
+        """The scale of each key as a view, ``[num_layers, num_kernel_blocks, num_kv_heads,
+        kernel_block_size]`` fp32; ``None`` where they have none of their own."""
+        return self._token_scales(0)
+
+    @cached_property
+    def value_scales(self) -> torch.Tensor | None:
+        """The scale of each value, as :attr:`key_scales`."""
+        return self._token_scales(1)
 
     def gather_keys(self, block_ids: torch.Tensor) -> torch.Tensor:
         """Keys of some blocks, in all layers at once.
@@ -114,12 +133,17 @@ class CachedKV:
 
     def _view(self, which: int) -> torch.Tensor | None:
         if self.packing is None:
-            return self._elements.unflatten(4, (2, self.head_size))[..., which, :]
+            return self._elements.unflatten(4, (2, -1))[..., which, : self.head_size]
         packed, loops = self._packed(which), self.packing[which]
         if len(loops) != 2:
             return None
         by_loop = packed.unflatten(3, [loop.size for loop in loops])
         return by_loop if loops[0].tokens else by_loop.transpose(3, 4)
+
+    def _token_scales(self, which: int) -> torch.Tensor | None:
+        if self.quantized is None or self.quantized.keys is not None:
+            return None
+        return token_scales(self.kv_cache, self.head_size)[which]
 
     def _packed(self, which: int) -> torch.Tensor:
         """A head's keys, or values, of one block in the kernels' order."""
@@ -135,15 +159,18 @@ class CachedKV:
             offsets = torch.arange(size, device=block_ids.device)
             block_ids = (block_ids.unsqueeze(1) * size + offsets).flatten()
         found = self._gather_kernel_blocks(which, block_ids)
+        scales = self._token_scales(which)
+        if scales is not None:
+            found *= scales[:, block_ids].unsqueeze(4)
         if size > 1:
             found = found.unflatten(1, (-1, size)).transpose(2, 3).flatten(3, 4)
-        if self.quantized is not None:
+        if self.quantized is not None and scales is None:
             found *= self.quantized[1 + which].view(-1, 1, 1, 1, 1)
         return found
 
     def _gather_kernel_blocks(self, which: int, kernel_ids: torch.Tensor) -> torch.Tensor:
         if self.packing is None:
-            by_head = self.kv_cache.unflatten(4, (2, self.head_size))[..., which, :]
+            by_head = self.kv_cache.unflatten(4, (2, -1))[..., which, : self.head_size]
             return by_head[:, kernel_ids].view(self._elements.dtype).float()
         # Whole blocks as they lie in memory, and eight bytes at a time: a third of the time.
         packed = self._packed(which)
@@ -163,6 +190,20 @@ class CachedKV:
         )
         in_loops.copy_(packed.unflatten(3, [loop.size for loop in loops]))  # and made fp32
         return unpacked
+
+
+def token_scales(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scales of tokens in a cache that has some, as views.
+
+    Args:
+        kv_cache: ``[..., num_kv_heads, block_size, 2 * (head_size + scale)]``, see :class:`CachedKV`.
+        head_size: elements of a key.
+
+    Returns:
+        Of the keys and of the values ``[..., num_kv_heads, block_size]`` fp32.
+    """
+    keys, values = kv_cache.unflatten(-1, (2, -1))[..., head_size:].view(torch.float32).unbind(-2)
+    return keys[..., 0], values[..., 0]
 
 
 def stack_layers(kv_caches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -194,8 +235,10 @@ def stack_layers(kv_caches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def quantized(layers: Sequence[Attention]) -> Quantized | None:
     """How the caches of some layers of one ``--kv-cache-dtype`` are read.
 
-    The scales are a checkpoint's, or 1 (vllm/model_executor/layers/quantization/kv_cache.py).
+    Scales of layers are a checkpoint's, or 1 (vllm/model_executor/layers/quantization/kv_cache.py).
     """
+    if per_token := PER_TOKEN_DTYPES.get(layers[0].kv_cache_dtype):
+        return Quantized(per_token)
     dtype = FP8_DTYPES.get(layers[0].kv_cache_dtype)
     if dtype is None:
         return None

@@ -286,6 +286,8 @@ class BlockScorer:
                 layers.scale,
                 layers.cache.values,
                 *_scales(layers),
+                layers.cache.key_scales,
+                layers.cache.value_scales,
             )
             of_layers = policy.score_cached(cached)
             if of_layers is None:
@@ -374,10 +376,10 @@ def _some_at_once(
 
 def _scales(layers: ScoredLayers) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """What kernels multiply the logits, and the values, of each layer with."""
-    fp8, query_scales = layers.cache.quantized, layers.query_scales
-    if fp8 is None:
+    cache, query_scales = layers.cache.quantized, layers.query_scales
+    if cache is None or cache.keys is None:
         return query_scales, None
-    return fp8.keys if query_scales is None else fp8.keys * query_scales, fp8.values
+    return cache.keys if query_scales is None else cache.keys * query_scales, cache.values
 
 
 def _both(

@@ -20,7 +20,7 @@ class CachedBlocks:
 
     keys: torch.Tensor
     """``[num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size, head_size]``, a view of
-    the cache with any strides; bf16, fp16, fp32 or an fp8 dtype."""
+    the cache with any strides; bf16, fp16, fp32, int8 or an fp8 dtype."""
 
     kernel_blocks: int
     """Block ``b`` is this many kernel blocks in a row, from ``b * kernel_blocks``."""
@@ -46,3 +46,10 @@ class CachedBlocks:
 
     value_scales: torch.Tensor | None = None
     """``[num_layers]`` fp32, what :attr:`values` are multiplied with; ``None``: 1."""
+
+    key_token_scales: torch.Tensor | None = None
+    """``[num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size]`` fp32, a view with any
+    strides: what each of :attr:`keys` is multiplied with; ``None``: 1."""
+
+    value_token_scales: torch.Tensor | None = None
+    """The same of :attr:`values`, with the same strides."""

@@ -16,6 +16,7 @@ def mean_key_cosine_kernel(
     queries,  # [num_layers, num_rows, num_heads, head_size]
     rows,  # [num_blocks] int64
     keys,  # [num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size, head_size]
+    key_scales,  # [num_layers, ..., kernel_block_size] fp32; not read without TOKEN_SCALES
     block_ids,  # [num_blocks] int64
     query_stride_layer,
     query_stride_row,
@@ -25,6 +26,10 @@ def mean_key_cosine_kernel(
     key_stride_head,
     key_stride_token,
     key_stride_channel,
+    scale_stride_layer,
+    scale_stride_block,
+    scale_stride_head,
+    scale_stride_token,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -32,6 +37,7 @@ def mean_key_cosine_kernel(
     BLOCK_SIZE: tl.constexpr,
     PADDED_BLOCK_SIZE: tl.constexpr,
     KERNEL_BLOCKS: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
     EPSILON: tl.constexpr,
 ):
     block = tl.program_id(0)
@@ -41,7 +47,8 @@ def mean_key_cosine_kernel(
     channel = tl.arange(0, PADDED_HEAD_SIZE)
     token = tl.arange(0, PADDED_BLOCK_SIZE)
     in_head = channel < HEAD_SIZE
-    in_block = (token < BLOCK_SIZE)[:, None] & in_head[None, :]
+    written = token < BLOCK_SIZE
+    in_block = written[:, None] & in_head[None, :]
     query_row = queries + layer * query_stride_layer + row * query_stride_row + channel
     key_tile = (
         keys
@@ -49,6 +56,12 @@ def mean_key_cosine_kernel(
         + kernel_block * key_stride_block
         + token[:, None] * key_stride_token
         + channel[None, :] * key_stride_channel
+    )
+    scale_row = (
+        key_scales
+        + layer * scale_stride_layer
+        + kernel_block * scale_stride_block
+        + token * scale_stride_token
     )
     total = 0.0
     for head in range(NUM_KV_HEADS):
@@ -59,7 +72,11 @@ def mean_key_cosine_kernel(
         key = tl.zeros([PADDED_HEAD_SIZE], tl.float32)
         for part in range(KERNEL_BLOCKS):
             place = key_tile + part * key_stride_block + head * key_stride_head
-            key += tl.sum(tl.load(place, mask=in_block, other=0.0).to(tl.float32), 0)
+            tile = tl.load(place, mask=in_block, other=0.0).to(tl.float32)
+            if TOKEN_SCALES:
+                of_part = scale_row + part * scale_stride_block + head * scale_stride_head
+                tile *= tl.load(of_part, mask=written, other=0.0)[:, None]
+            key += tl.sum(tile, 0)
         query /= GROUP
         key /= BLOCK_SIZE * KERNEL_BLOCKS
         query_norm = tl.maximum(tl.sqrt(tl.sum(query * query, 0)), EPSILON)
@@ -77,14 +94,17 @@ def mean_key_cosine(cached: CachedBlocks) -> torch.Tensor:
     out = torch.empty(num_layers, num_blocks, dtype=torch.float32, device=cached.queries.device)
     if num_blocks == 0:
         return out
+    scales = cached.key_token_scales
     mean_key_cosine_kernel[(num_blocks, num_layers)](
         out,
         cached.queries,
         cached.windows[cached.requests, -1],
         cached.keys,
+        cached.windows if scales is None else scales,
         cached.block_ids,
         *cached.queries.stride()[:3],
         *cached.keys.stride(),
+        *_strides(scales),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=num_heads // num_kv_heads,
         HEAD_SIZE=head_size,
@@ -92,9 +112,14 @@ def mean_key_cosine(cached: CachedBlocks) -> torch.Tensor:
         BLOCK_SIZE=block_size,
         PADDED_BLOCK_SIZE=triton.next_power_of_2(block_size),
         KERNEL_BLOCKS=cached.kernel_blocks,
+        TOKEN_SCALES=scales is not None,
         EPSILON=EPSILON,
     )
     return out
+
+
+def _strides(scales: torch.Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if scales is None else scales.stride()
 
 
 @triton.jit(do_not_specialize_on_alignment=["block_ids", "requests", "first_positions"])  # type: ignore[untyped-decorator]
@@ -106,6 +131,8 @@ def block_logsumexp_kernel(
     num_tokens,  # [num_reqs] int64
     keys,  # [num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size, head_size]
     values,  # as keys; not read without VALUES
+    key_scales,  # [num_layers, ..., kernel_block_size] fp32; not read without TOKEN_SCALES
+    value_scales,  # as key_scales
     block_ids,  # [num_blocks] int64
     requests,  # [num_blocks] int64
     first_positions,  # [num_blocks] int64
@@ -124,6 +151,10 @@ def block_logsumexp_kernel(
     value_stride_head,
     value_stride_token,
     value_stride_channel,
+    scale_stride_layer,
+    scale_stride_block,
+    scale_stride_head,
+    scale_stride_token,
     NUM_QUERIES: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -135,6 +166,7 @@ def block_logsumexp_kernel(
     KERNEL_BLOCKS: tl.constexpr,
     VALUES: tl.constexpr,
     SCALED: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
 ):
     block = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
@@ -172,7 +204,11 @@ def block_logsumexp_kernel(
         + token[None, :] * value_stride_token
         + channel[:, None] * value_stride_channel
     )
-    in_tile = in_head[:, None] & (token < BLOCK_SIZE)[None, :]
+    scale_row = (
+        layer * scale_stride_layer + kernel_block * scale_stride_block + token * scale_stride_token
+    )
+    written = token < BLOCK_SIZE
+    in_tile = in_head[:, None] & written[None, :]
     out_row = (layer * tl.num_programs(0) + block) * NUM_KV_HEADS * GROUP * NUM_QUERIES
     for head in range(NUM_KV_HEADS):
         q = tl.load(
@@ -190,8 +226,11 @@ def block_logsumexp_kernel(
                 other=0.0,
             ).to(tl.float32)
             logits = tl.dot(q, k, input_precision="ieee") * scale
+            of_part = scale_row + part * scale_stride_block + head * scale_stride_head
+            if TOKEN_SCALES:
+                logits *= tl.load(key_scales + of_part, mask=written, other=0.0)[None, :]
             key_position = first + part * BLOCK_SIZE + token
-            seen = (key_position[None, :] <= position[:, None]) & (token < BLOCK_SIZE)[None, :]
+            seen = (key_position[None, :] <= position[:, None]) & written[None, :]
             logits = tl.where(seen, logits, float("-inf"))
             larger = tl.maximum(greatest, tl.max(logits, 1))
             base = tl.where(larger == float("-inf"), 0.0, larger)
@@ -205,6 +244,8 @@ def block_logsumexp_kernel(
                     other=0.0,
                 ).to(tl.float32)
                 norm = tl.sqrt(tl.sum(v * v, 0))
+                if TOKEN_SCALES:
+                    norm *= tl.load(value_scales + of_part, mask=written, other=0.0)
                 # What lies where no token is yet may be anything, also NaN.
                 weighed = weighed * earlier + tl.sum(
                     tl.where(seen, weights * norm[None, :], 0.0), 1
@@ -240,6 +281,7 @@ def block_logsumexp(
         return out, norms
     group = num_heads // num_kv_heads
     read = cached.keys if values is None else values
+    key_scales, value_scales = cached.key_token_scales, cached.value_token_scales
     block_logsumexp_kernel[(num_blocks, num_layers)](
         out,
         norms,
@@ -248,6 +290,8 @@ def block_logsumexp(
         cached.num_tokens,
         cached.keys,
         read,
+        cached.windows if key_scales is None else key_scales,
+        cached.windows if value_scales is None else value_scales,
         cached.block_ids,
         cached.requests,
         cached.first_positions,
@@ -256,6 +300,7 @@ def block_logsumexp(
         *cached.queries.stride()[:3],
         *cached.keys.stride(),
         *read.stride(),
+        *_strides(key_scales),
         NUM_QUERIES=num_queries,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
@@ -267,6 +312,7 @@ def block_logsumexp(
         KERNEL_BLOCKS=cached.kernel_blocks,
         VALUES=values is not None,
         SCALED=cached.logit_scales is not None,
+        TOKEN_SCALES=key_scales is not None,
     )
     if values is not None and cached.value_scales is not None:
         norms *= cached.value_scales.view(-1, 1, 1, 1)
