@@ -27,7 +27,9 @@ def make_llama(path: Path, dtype: torch.dtype = torch.float32, **overrides: obje
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**(SHAPE | {"head_dim": 64} | overrides))).to(dtype).save_pretrained(path)
+    LlamaForCausalLM(LlamaConfig(**(SHAPE | {"head_dim": 64} | overrides))).to(
+        dtype
+    ).save_pretrained(path)
     return str(path)
 
 

@@ -47,6 +47,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "BloomForCausalLM": lambda: transformers.BloomConfig(
         vocab_size=512, hidden_size=64, n_layer=1, n_head=2
     ),
+    "MiMoForCausalLM": lambda: transformers.Qwen2Config(**SMALL, num_nextn_predict_layers=2),
     "PaliGemmaForConditionalGeneration": lambda: transformers.PaliGemmaConfig(
         vision_config=VISION,
         text_config={**SMALL, "model_type": "gemma", "head_dim": 32},
@@ -57,9 +58,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 """Models that are refused, without weights."""
 
 
-def speculative(method: str) -> list[str]:
-    config = {"method": method, "num_speculative_tokens": 2}
-    return ["--speculative-config", json.dumps(config | {"model": "MODEL"})]
+def speculative(method: str, **options: object) -> list[str]:
+    config = {"method": method, "num_speculative_tokens": 2, "model": "MODEL"}
+    return ["--speculative-config", json.dumps(config | options)]
 
 
 REFUSED: dict[str, tuple[str, list[str], str]] = {
@@ -78,10 +79,20 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
         ["--ubatch-size", "2", "--all2all-backend", "deepep_low_latency"],
         r"micro-batching \(allowed: no --enable-dbo, --ubatch-size 0\)",
     ),
-    "EAGLE-3": (
+    "hidden states": (
         "llama",
-        speculative("eagle3"),
-        r"--speculative-config with method eagle3 \(allowed: ngram, draft_model, eagle\)",
+        speculative("extract_hidden_states"),
+        r"--speculative-config with method \w+ \(allowed: ngram, ngram_gpu, ",
+    ),
+    "MTP of several modules": (
+        "MiMoForCausalLM",
+        speculative("mtp"),
+        r"method \w+ of several modules, .* \(allowed: num_speculative_tokens 1, of a module",
+    ),
+    "a draft's own cache dtype": (
+        "llama",
+        speculative("draft_model", kv_cache_dtype="fp8_e4m3"),
+        r"--speculative-config.kv_cache_dtype \w+ \(allowed: as of the model\)",
     ),
     "drafts in groups": (
         "llama",
@@ -93,10 +104,10 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
         ["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'],
         r"--kv-transfer-config with ExampleConnector \(allowed: OffloadingConnector\)",
     ),
-    "scales of tokens": (
+    "four bits": (
         "llama",
-        ["--kv-cache-dtype", "fp8_per_token_head"],
-        r"--kv-cache-dtype fp8_per_token_head \(allowed: auto, bfloat16, float16, fp8, ",
+        ["--kv-cache-dtype", "int4_per_token_head"],
+        r"--kv-cache-dtype int4_per_token_head \(allowed: auto, bfloat16, float16, fp8, ",
     ),
     "fast prefill of shared KV": (
         "llama",
@@ -180,26 +191,35 @@ def test_every_refusal_is_tested() -> None:
             uses_alibi=True,
         ),
         cache_config=SimpleNamespace(
-            cache_dtype="fp8_per_token_head", kv_sharing_fast_prefill=True, mamba_cache_mode="align"
+            cache_dtype="int4_per_token_head",
+            kv_sharing_fast_prefill=True,
+            mamba_cache_mode="align",
         ),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=2, decode_context_parallel_size=2, use_ubatching=True
         ),
-        speculative_config=SimpleNamespace(method="eagle3"),
+        speculative_config=SimpleNamespace(
+            method="medusa",
+            use_multi_module_mtp=lambda: True,
+            use_gemma4_mtp=lambda: False,
+            kv_cache_dtype="fp8",
+        ),
         kv_transfer_config=SimpleNamespace(kv_connector="ExampleConnector"),
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="FLEX_ATTENTION")),
         diffusion_config=SimpleNamespace(),
         scheduler_config=SimpleNamespace(async_scheduling=True),
         num_lookahead_tokens=2,
-        use_v2_model_runner=True,
+        num_speculative_tokens=2,
+        use_v2_model_runner=False,
     )
     refused = unsupported_features(everything)
     source = ast.parse(textwrap.dedent(inspect.getsource(unsupported_features)))
     (checks,) = (node for node in ast.walk(source) if isinstance(node, ast.Dict))
     assert len(refused) == len(checks.keys), "`everything` does not trigger every check"
     patterns = [message for _, _, message in REFUSED.values()]
-    # The CPU platform has neither.
-    patterns.append(r"method eagle3 on Model Runner V2 \(allowed: VLLM_USE_V2_MODEL_RUNNER=0\)")
-    patterns.append(r"method eagle3 and --async-scheduling \(allowed: --no-async-scheduling\)")
+    patterns.append(  # what the CPU platform does not have
+        r"method medusa and --async-scheduling on Model Runner V1 "
+        r"\(allowed: --no-async-scheduling\)"
+    )
     untested = [one for one in refused if not any(re.search(p, one) for p in patterns)]
     assert not untested

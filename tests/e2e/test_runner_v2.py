@@ -28,6 +28,7 @@ SUITES = {
     ],
     "backend": [
         "tests/interpreted/test_triton_attn.py",
+        "tests/interpreted/test_token_scales.py",
         "tests/interpreted/test_forcing.py",
         "tests/interpreted/test_measurements.py",
     ],

@@ -61,8 +61,9 @@ def score_both(
         keys = torch.randn(*shape[:3], head_size, block_size, generator=generator).transpose(3, 4)
     else:  # next to its values
         keys = torch.randn(*shape[:4], 2 * head_size, generator=generator)[..., :head_size]
-    queries, keys = queries.to(dtype), (keys * (20 if key_dtype is torch.int8 else 1)).to(
-        key_dtype or dtype
+    queries, keys = (
+        queries.to(dtype),
+        (keys * (20 if key_dtype is torch.int8 else 1)).to(key_dtype or dtype),
     )
     scales = random_scales(keys, generator) if token_scales else None
     block_ids = torch.tensor(ids, dtype=torch.int64)

@@ -17,15 +17,17 @@ ARCHITECTURES = [80, 90, 100]
 SCORE = {
     "out": "*fp32",
     "rows": "*i64",
+    "key_scales": "*fp32",
     "block_ids": "*i64",
     **dict.fromkeys(("query_stride_layer", "query_stride_row", "query_stride_head"), "i32"),
     **dict.fromkeys((f"key_stride_{of}" for of in ("layer", "block", "head", "token")), "i64"),
     "key_stride_channel": "i32",
+    **dict.fromkeys((f"scale_stride_{of}" for of in ("layer", "block", "head", "token")), "i64"),
 }
 LOGSUMEXP = SCORE | {
     **dict.fromkeys(("windows", "num_tokens", "requests", "first_positions"), "*i64"),
     "scale": "fp32",
-    "logit_scales": "*fp32",
+    **dict.fromkeys(("logit_scales", "value_scales"), "*fp32"),
     "norms": "*fp32",
     **{name.replace("key", "value"): of for name, of in SCORE.items() if name.startswith("key")},
 }
@@ -34,9 +36,10 @@ for_every_cache = pytest.mark.parametrize(
     ("capability", "keys", "head_size"),
     [
         *itertools.product(ARCHITECTURES, ["bf16", "fp16", "fp32"], [64, 80, 256]),
-        *itertools.product([90, 100], ["fp8e4nv", "fp8e5"], [128]),
+        *itertools.product([90, 100], ["fp8e4nv", "fp8e5", "i8"], [128]),
     ],
 )
+EIGHT_BITS = ("fp8e4nv", "fp8e5", "i8")
 
 
 def compiles(kernel: Any, signature: dict[str, str], capability: int, **constants: int) -> None:
@@ -52,7 +55,7 @@ def compiles(kernel: Any, signature: dict[str, str], capability: int, **constant
 
 @for_every_cache
 def test_scoring_compiles(capability: int, keys: str, head_size: int) -> None:
-    queries = "bf16" if keys.startswith("fp8") else keys
+    queries = "bf16" if keys in EIGHT_BITS else keys
     compiles(
         scoring.mean_key_cosine_kernel,
         SCORE | {"queries": f"*{queries}", "keys": f"*{keys}"},
@@ -64,6 +67,7 @@ def test_scoring_compiles(capability: int, keys: str, head_size: int) -> None:
         BLOCK_SIZE=16,
         PADDED_BLOCK_SIZE=16,
         KERNEL_BLOCKS=1,
+        TOKEN_SCALES=keys in ("fp8e4nv", "i8"),
         EPSILON=scoring.EPSILON,
     )
 
@@ -71,7 +75,7 @@ def test_scoring_compiles(capability: int, keys: str, head_size: int) -> None:
 @for_every_cache
 @pytest.mark.parametrize("values", [False, True])
 def test_attention_scores_compile(capability: int, keys: str, head_size: int, values: bool) -> None:
-    queries = "bf16" if keys.startswith("fp8") else keys
+    queries = "bf16" if keys in EIGHT_BITS else keys
     compiles(
         scoring.block_logsumexp_kernel,
         LOGSUMEXP | {"queries": f"*{queries}", **dict.fromkeys(("keys", "values"), f"*{keys}")},
@@ -87,6 +91,7 @@ def test_attention_scores_compile(capability: int, keys: str, head_size: int, va
         KERNEL_BLOCKS=1,
         VALUES=values,
         SCALED=keys.startswith("fp8"),
+        TOKEN_SCALES=keys in ("fp8e4nv", "i8"),
     )
 
 

@@ -198,6 +198,7 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
     served = ServedPolicies.from_config(vllm_config.additional_config[CONFIG_KEY])
     drafts = vllm_config.num_lookahead_tokens > 0  # a model does, with a KV cache of its own
     drafter = f"--speculative-config with method {speculative and speculative.method}"
+    draft_dtype = speculative and speculative.kv_cache_dtype
     backend = vllm_config.attention_config.backend
     backends = ", ".join(WRAPPED_BACKENDS)
     checks = {
@@ -209,6 +210,11 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
         "micro-batching (allowed: no --enable-dbo, --ubatch-size 0)": parallel.use_ubatching,
         f"{drafter} (allowed: {', '.join(SPECULATIVE_METHODS)})": (
             speculative is not None and speculative.method not in SPECULATIVE_METHODS
+        ),
+        f"{drafter} of several modules, or of one without a KV cache of its own (allowed: "
+        "num_speculative_tokens 1, of a module with a KV cache)": (
+            speculative is not None
+            and (speculative.use_multi_module_mtp() or speculative.use_gemma4_mtp())
         ),
         f"{drafter} and --async-scheduling on Model Runner V1 (allowed: --no-async-scheduling)": (
             drafts_ahead_on_v1(vllm_config)
@@ -222,6 +228,9 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
         ),
         f"--kv-cache-dtype {cache.cache_dtype} (allowed: {', '.join(KV_CACHE_DTYPES)})": (
             cache.cache_dtype not in KV_CACHE_DTYPES
+        ),
+        f"--speculative-config.kv_cache_dtype {draft_dtype} (allowed: as of the model)": (
+            draft_dtype not in (None, cache.cache_dtype)
         ),
         "--kv-sharing-fast-prefill (allowed: without)": cache.kv_sharing_fast_prefill,
         "--enable-prefix-caching of a model with Mamba layers (allowed: "
