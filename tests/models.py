@@ -68,7 +68,7 @@ def make_shallow(path: Path, family: str = "Llama") -> str:
 
 def make_eagle(source: str, path: Path) -> str:
     """An EAGLE head for a shallow model: its first layer, which sees the next token alone."""
-    config, layer, weights = first_layer(source)
+    config, layer, _ = first_layer(source)
     del layer["input_layernorm.weight"]  # the head has none
     for name in ("q_proj", "k_proj", "v_proj"):
         layer[f"self_attn.{name}.weight"] /= INITIALIZER_RANGE

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 import pytest
-from vllm.config import VllmConfig
+from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     OffloadingConnectorScheduler,
     RequestOffloadState,
@@ -30,6 +30,7 @@ from vllm.sampling_params import BeamSearchParams
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -59,6 +60,10 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
+    TargetDependentARSpeculator,
+)
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.utils import AttentionGroup
@@ -364,6 +369,32 @@ def test_a_draft_shares_blocks_and_builds_metadata_of_its_own() -> None:
     assert "self.drafter.propose(" in inspect.getsource(GPUModelRunner.propose_draft_token_ids)
     assert "propose_draft_token_ids(" in inspect.getsource(GPUModelRunner.sample_tokens)
     assert isinstance(VllmConfig.num_lookahead_tokens, property)
+    v2 = inspect.getsource(DraftModelSpeculator)
+    assert "self.draft_attn_layer_names = set(all_attn_layers) - target_attn_layer_names" in v2
+    assert "self.attn_groups, self.attn_cg_support, _ = init_attn_backend(" in v2
+    assert "self.speculator.set_attn(" in inspect.getsource(GPUModelRunnerV2)
+    assert "if not attn_group.supports_draft_decode_metadata_update" in v2, "asked of builders"
+    assert "else self._multi_step_decode" in inspect.getsource(TargetDependentARSpeculator.propose)
+    for name in ("use_multi_module_mtp", "use_gemma4_mtp"):
+        assert callable(getattr(SpeculativeConfig, name))
+
+
+def test_a_request_says_how_many_drafts_are_in_flight() -> None:
+    advance = inspect.getsource(AsyncScheduler._update_after_schedule)
+    assert "request.num_output_placeholders += (" in advance, "one, and the drafts"
+    settle = inspect.getsource(Scheduler.update_from_output)
+    assert "request.num_output_placeholders -= num_rejected" in settle
+    assert "request.num_computed_tokens -= num_rejected" in settle
+    schedule = inspect.getsource(Scheduler.schedule)
+    assert "if num_new_tokens == 0:" in schedule, "a request may be passed over"
+
+
+def test_triton_attn_remembers_where_scales_are() -> None:
+    ensure = inspect.getsource(TritonAttentionImpl._ensure_scale_caches)
+    assert "if self._k_scale_cache is not None:" in ensure
+    assert "self._v_scale_cache" in ensure
+    forward = inspect.getsource(TritonAttentionImpl.forward)
+    assert "k_scale_cache = self._k_scale_cache" in forward
     schedule = inspect.getsource(Scheduler.schedule)
     assert "num_lookahead_tokens=self.num_lookahead_tokens," in schedule, "by name"
 

@@ -196,7 +196,7 @@ def token_scales(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, 
     """The scales of tokens in a cache that has some, as views.
 
     Args:
-        kv_cache: ``[..., num_kv_heads, block_size, 2 * (head_size + scale)]``, see :class:`CachedKV`.
+        kv_cache: ``[..., num_kv_heads, block_size, 2 * (head_size + scale)]``.
         head_size: elements of a key.
 
     Returns:
