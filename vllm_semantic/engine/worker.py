@@ -124,9 +124,6 @@ class KVPolicyWorkerMixin(Worker):
         self._scored_layers: dict[int, list[Attention]] = {}
         self._draft_caches: dict[int, list[CachedKV]] = {}
         self._scores: PendingScores | None = None
-        self._drafts_ahead = bool(
-            self.scheduler_config.async_scheduling and self.vllm_config.num_speculative_tokens
-        )
         self._end_step()
         self._windows = QueryWindows(
             self.served_policies.num_queries,
@@ -315,6 +312,9 @@ class KVPolicyWorkerMixin(Worker):
             ValueError: a model that drafts has a group of its own.
         """
         scored = []
+        drafts_ahead = bool(
+            self.scheduler_config.async_scheduling and self.vllm_config.num_speculative_tokens
+        )
         draft_groups = self.runner_access.draft_groups()
         drafters = [of for of in draft_groups if of.kv_cache_group_id == group_id]
         drafting = self.runner_access.draft_layers()
@@ -347,6 +347,7 @@ class KVPolicyWorkerMixin(Worker):
                     raise RuntimeError(f"--kv-policy: {type(builder).__name__} is not wrapped")
                 if self.served_policies.bounded:
                     self._connect_builder(builder, group_id, max_num_blocks, num_ahead)
+                    builder.drafts_ahead = drafts_ahead
                     self._builders.append(builder)
             if attn_group in drafters:
                 kv_caches = stack_layers([layer.kv_cache for layer in layers.values()])
@@ -372,7 +373,6 @@ class KVPolicyWorkerMixin(Worker):
         builder.query_rows = self._query_rows
         builder.reads = partial(self._host_reads, group_id)
         builder.kernel_blocks = held.kernel_blocks
-        builder.drafts_ahead = self._drafts_ahead
 
     def _host_blocks(self, scored: dict[int, list[ScoredLayers]]) -> HostBlocks | None:
         """Host memory for evicted blocks, where some was asked for; the layers get their part."""
