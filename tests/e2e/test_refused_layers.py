@@ -62,6 +62,17 @@ def test_refused_once_loaded(what: str, llama: str, monkeypatch: pytest.MonkeyPa
         pass
 
 
+@pytest.mark.cpu_build("TRITON_ATTN takes it")
+def test_a_cache_that_the_backend_does_not_read(llama: str) -> None:
+    """vLLM has one backend for CPUs, and does not ask it."""
+    message = r"--kv-cache-dtype fp8_per_token_head of CPU_ATTN \(allowed: auto, fp8, "
+    with (
+        pytest.raises(ValueError, match=f"--kv-policy semantic does not support .*{message}"),
+        engine(llama, policy="semantic", kv_cache_dtype="fp8_per_token_head"),
+    ):
+        pass
+
+
 def test_a_layer_with_a_window_may_do_as_it_likes(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

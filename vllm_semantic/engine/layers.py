@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from ..config import POLICY_FLAG
 from .backend import is_wrapped
@@ -57,5 +58,10 @@ def _unsupported(layer: Attention, vllm_config: VllmConfig) -> Iterator[str]:
         yield "attention that sees ahead"
     if spec.tokens_per_state != 1:
         yield f"caches with {spec.tokens_per_state} tokens per state (allowed: 1)"
-    if not is_wrapped(layer.attn_backend):
-        yield f"the attention backend {layer.attn_backend.__name__} of the model's own"
+    backend, dtype = layer.attn_backend, layer.kv_cache_dtype
+    # vLLM asks where it chooses among backends; a CPU has one.
+    if is_quantized_kv_cache(dtype) and not backend.supports_kv_cache_dtype(dtype):
+        allowed = ", ".join(backend.supported_kv_cache_dtypes)
+        yield f"--kv-cache-dtype {dtype} of {backend.__name__} (allowed: {allowed})"
+    if not is_wrapped(backend):
+        yield f"the attention backend {backend.__name__} of the model's own"
