@@ -89,6 +89,11 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
         speculative("mtp"),
         r"method \w+ of several modules, .* \(allowed: num_speculative_tokens 1, of a module",
     ),
+    "n-grams of a GPU": (
+        "llama",
+        ["--speculative-config", '{"method": "ngram_gpu", "num_speculative_tokens": 2}'],
+        r"method \w+ on Model Runner V1 \(allowed: ngram\)",
+    ),
     "a draft's own cache dtype": (
         "llama",
         speculative("draft_model", kv_cache_dtype="fp8_e4m3"),
@@ -202,6 +207,8 @@ def test_every_refusal_is_tested() -> None:
             method="medusa",
             use_multi_module_mtp=lambda: True,
             use_gemma4_mtp=lambda: False,
+            use_ngram_gpu=lambda: True,
+            enable_adaptive_verification=True,
             kv_cache_dtype="fp8",
         ),
         kv_transfer_config=SimpleNamespace(kv_connector="ExampleConnector"),
@@ -217,9 +224,10 @@ def test_every_refusal_is_tested() -> None:
     (checks,) = (node for node in ast.walk(source) if isinstance(node, ast.Dict))
     assert len(refused) == len(checks.keys), "`everything` does not trigger every check"
     patterns = [message for _, _, message in REFUSED.values()]
-    patterns.append(  # what the CPU platform does not have
+    patterns += [  # what the CPU platform does not have, and what Model Runner V1 refuses itself
         r"method medusa and --async-scheduling on Model Runner V1 "
-        r"\(allowed: --no-async-scheduling\)"
-    )
+        r"\(allowed: --no-async-scheduling\)",
+        r"--speculative-config.enable_adaptive_verification \(allowed: without\)",
+    ]
     untested = [one for one in refused if not any(re.search(p, one) for p in patterns)]
     assert not untested

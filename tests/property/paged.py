@@ -239,9 +239,10 @@ class PagedWorker:
         max_num_reqs: int,
         max_num_blocks: int,
         num_groups: int,
+        num_drafts: int,
     ) -> None:
         self.block_size = block_size
-        self.windows = QueryWindows(num_queries, max_num_reqs, MAX_DRAFTS)
+        self.windows = QueryWindows(num_queries, max_num_reqs, num_drafts)
         self.buffers = StepBuffers(max_num_reqs, 1, self.windows, torch.device("cpu"))
         self.groups = range(num_groups)
         self.held = [HeldBlocks(max_num_reqs, max_num_blocks, block_size, 1) for _ in self.groups]
@@ -254,6 +255,8 @@ class PagedWorker:
         self.tables: dict[str, list[list[int]]] = {}
         """As vLLM's runner has them: what was evicted is still named there."""
         self.gone: dict[str, list[set[int]]] = {}
+        self.spans: dict[str, tuple[int, int]] = {}
+        """First and last token of each request's chunk in the last step, as it really was."""
 
     def execute(
         self, output: Any, requests: dict[str, Tokens], ahead: Mapping[str, int]
@@ -279,7 +282,7 @@ class PagedWorker:
             self._check_held(group, {r: end for r, (_, end, _) in spans.items()})
         assumed = {r: end for r, (_, end, _) in spans.items()}
         spans = {r: tuple(n - ahead.get(r, 0) for n in span) for r, span in spans.items()}
-        self.ends = {r: end for r, (_, end, _) in spans.items()}
+        self.spans = {r: (start, end) for r, (start, end, _) in spans.items()}
         drafts = {
             r: drafts if -1 not in drafts else requests[r].drafts(spans[r][2])[: len(drafts)]
             for r, drafts in output.scheduled_spec_decode_tokens.items()
@@ -297,8 +300,7 @@ class PagedWorker:
                 settled = min(end, known + accepted[request_id])
                 self._read(group, request_id, requests[request_id], settled)
         if step.keeps_queries:
-            kept = {r: (start, end) for r, (start, end, _) in spans.items()}
-            self._keep_queries(step.keeps_queries, kept, assumed)
+            self._keep_queries(step.keeps_queries, self.spans, assumed)
         result = ModelRunnerOutput(
             req_ids=list(spans),
             req_id_to_index={request_id: i for i, request_id in enumerate(spans)},

@@ -29,6 +29,7 @@ from vllm.v1.request import Request, RequestStatus
 from benchmarks.host import make_scheduler
 from vllm_semantic import register
 from vllm_semantic.engine.manager import NoRoomError
+from vllm_semantic.engine.query_windows import num_drafts_in_flight
 from vllm_semantic.engine.spec import semantic_spec
 from vllm_semantic.messages import KVPolicyStep, Owner, scores_of, step_of
 from vllm_semantic.served import REQUEST_KEY, ServedPolicies
@@ -81,7 +82,7 @@ AMPLE = [
 ]
 
 
-NGRAM = {"method": "ngram", "prompt_lookup_max": 1, "num_speculative_tokens": MAX_DRAFTS}
+NGRAM = {"method": "ngram", "prompt_lookup_max": 1}
 
 
 @cache
@@ -91,7 +92,7 @@ def make_config(
     tokens_per_step: int,
     long_prompt: int,
     caching: bool,
-    speculates: bool,
+    num_drafts: int,
 ) -> Any:
     register()
     config = EngineArgs(
@@ -104,7 +105,7 @@ def make_config(
         block_size=32,
         long_prefill_token_threshold=long_prompt,
         enable_prefix_caching=caching,
-        speculative_config=NGRAM if speculates else None,
+        speculative_config=NGRAM | {"num_speculative_tokens": num_drafts} if num_drafts else None,
     ).create_engine_config()
     # The CPU platform turns it off: what a GPU would have.
     config.scheduler_config.async_scheduling = asynchronous
@@ -144,20 +145,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.tokens_per_step = data.draw(st.sampled_from([8, 13, 16, 32]))
         self.caching = data.draw(st.booleans())
-        self.speculates = self.policies is TIGHT and data.draw(st.booleans())
+        # With one, two steps in flight fit between two eviction points.
+        drafts = [0, 1, MAX_DRAFTS] if self.policies is TIGHT else [0]
+        self.num_drafts = data.draw(st.sampled_from(drafts))
         vllm_config = make_config(
             self.model,
             self.asynchronous,
             self.tokens_per_step,
             data.draw(st.sampled_from([0, 5])),
             self.caching,
-            self.speculates,
+            self.num_drafts,
         )
         full = FullAttentionSpec(
             block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32
         )
         # A model that drafts writes behind what has been computed.
-        self.num_ahead = data.draw(st.sampled_from([0, 3])) if self.speculates else 0
+        self.num_ahead = data.draw(st.sampled_from([0, 3])) if self.num_drafts else 0
         specs = [
             semantic_spec(full, self.served, vllm_config, group, self.num_slots)
             for group in self.groups
@@ -188,7 +191,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(BLOCK_SIZE, sha256) if self.caching else None
         self.worker = PagedWorker(
-            BLOCK_SIZE, self.served.num_queries, MAX_REQUESTS, max(least), len(self.groups)
+            BLOCK_SIZE,
+            self.served.num_queries,
+            MAX_REQUESTS,
+            max(least),
+            len(self.groups),
+            num_drafts_in_flight(vllm_config),
         )
         self.hashes = PrefixOfHash(BLOCK_SIZE, len(self.groups))
         self.in_flight: deque[tuple[Any, Any, Any, dict[str, int]]] = deque()
@@ -369,7 +377,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.in_flight) < self.max_in_flight)
     @rule()
     def schedule(self) -> None:
-        if self.speculates and not self.asynchronous:
+        if self.num_drafts and not self.asynchronous:
             self.draft()
         output = self.scheduler.schedule()
         stock_output = self.stock.schedule() if self.stock else None
@@ -397,7 +405,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request_id, request in self.requests.items():
             decodes = request.num_computed_tokens == request.num_tokens - 1
             if decodes and request.status == RequestStatus.RUNNING:
-                request.spec_token_ids = self.tokens[request_id].drafts(request.num_tokens)
+                guessed = self.tokens[request_id].drafts(request.num_tokens)
+                request.spec_token_ids = guessed[: self.num_drafts]
 
     @precondition(lambda self: len(self.in_flight) == self.max_in_flight)
     @rule()
@@ -530,11 +539,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.curtailed.add(request_id)
         return left
 
-    def start_of(self, request_id: str, output: Any) -> int:
-        """The first token of a request's chunk; vLLM has already advanced the count."""
-        end: int = self.requests[request_id].num_computed_tokens
-        return end - int(output.num_scheduled_tokens[request_id])
-
     def check(self) -> None:
         tables = {
             (group, request_id): table
@@ -568,7 +572,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_step(self, output: Any) -> None:
         for request_id in output.num_scheduled_tokens:
-            start, delay = self.start_of(request_id, output), self.spec.eviction_delay
+            delay, (start, really) = self.spec.eviction_delay, self.worker.spans[request_id]
             end = self.requests[request_id].num_computed_tokens
             expected = self.expected[request_id]
             for group, manager in self.managers.items():
@@ -595,7 +599,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 continue  # what can come back depends on the others
             # Nor does it matter how the prompt was cut into chunks, or when scores came.
             expected.until(start)
-            for position, slot in self.worker.slots_of(request_id, self.worker.ends[request_id]):
+            for position, slot in self.worker.slots_of(request_id, really):
                 assert slot.gone == expected.gone_at(position)
 
     def check_like_stock(self, output: Any, stock: Any) -> None:

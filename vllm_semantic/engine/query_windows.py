@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 class QueryWindows:
@@ -16,8 +20,8 @@ class QueryWindows:
     Args:
         num_queries: queries kept of each request.
         max_num_reqs: requests at a time.
-        num_drafts: tokens that a step may guess for a request. Their queries take no row of one
-            that is looked at, even where a session's next turn ends before the last guess.
+        num_drafts: tokens that steps in flight may guess for a request. Their queries take no row
+            of one that is looked at, even where a session's next turn ends before the last guess.
     """
 
     def __init__(self, num_queries: int, max_num_reqs: int, num_drafts: int = 0) -> None:
@@ -84,3 +88,8 @@ class QueryWindows:
         if ring is None:
             ring = self._rings[request_id] = self._free.pop()
         return ring
+
+
+def num_drafts_in_flight(vllm_config: VllmConfig) -> int:
+    """Tokens that steps in flight may guess for a request, at most."""
+    return vllm_config.num_speculative_tokens * vllm_config.max_concurrent_batches

@@ -11,7 +11,7 @@ from vllm.utils.math_utils import cdiv
 from ..policies.trial import AttentionShape
 from ..recall import GIB
 from .host_blocks import MAX_STAGED
-from .query_windows import QueryWindows
+from .query_windows import QueryWindows, num_drafts_in_flight
 from .scorer import scratch_bytes
 from .spec import SemanticSpec
 
@@ -78,7 +78,7 @@ def reserved_memory(
     if not spec.served.rules:
         return ReservedMemory(0, tables, 0, 0)
     scored = [layers[name] for name in under_policy if name in layers]
-    num_drafts = vllm_config.num_speculative_tokens
+    num_drafts = num_drafts_in_flight(vllm_config)
     windows = QueryWindows(spec.served.num_queries, max_num_reqs, num_drafts)
     elements = windows.num_rows * sum(layer.num_heads * layer.head_size for layer in scored)
     block_bytes = sum(spec.page_size_bytes for spec in under_policy.values()) // len(groups)

@@ -41,7 +41,7 @@ from .host_blocks import HostBlocks
 from .host_reads import Staging
 from .layers import check_layers
 from .pool import explain_shortage
-from .query_windows import QueryWindows
+from .query_windows import QueryWindows, num_drafts_in_flight
 from .reserved_memory import reserved_memory
 from .scorer import BlockScorer, PendingScores, ScoredLayers
 from .spec import SemanticSpec, semantic_specs
@@ -128,7 +128,7 @@ class KVPolicyWorkerMixin(Worker):
         self._windows = QueryWindows(
             self.served_policies.num_queries,
             self.scheduler_config.max_num_seqs,
-            self.vllm_config.num_speculative_tokens,
+            num_drafts_in_flight(self.vllm_config),
         )
         scored = {
             group_id: self._connect(group_id, attn_groups)

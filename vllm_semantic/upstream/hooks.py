@@ -142,14 +142,18 @@ def _finishing(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
         served = ServedPolicies.from_config(self.additional_config[CONFIG_KEY])
         check_vllm_version()
         check_requests()
-        engine_args = copy.copy(self)
-        if engine_args.block_size is None:
-            platform = "xformers" if xformers else current_platform.device_type
-            engine_args.block_size = DEFAULT_BLOCK_SIZE.get(platform)
-        vllm_config = create_engine_config(engine_args, *args, **kwargs)
-        if drafts_ahead_on_v1(vllm_config) and engine_args.async_scheduling is None:
-            engine_args.async_scheduling = False  # vLLM's own choice, then
-            vllm_config = create_engine_config(engine_args, *args, **kwargs)
+
+        def create(**changes: Any) -> VllmConfig:
+            engine_args = copy.copy(self)  # vLLM writes to it
+            vars(engine_args).update(changes)
+            if engine_args.block_size is None:
+                platform = "xformers" if xformers else current_platform.device_type
+                engine_args.block_size = DEFAULT_BLOCK_SIZE.get(platform)
+            return create_engine_config(engine_args, *args, **kwargs)
+
+        vllm_config = create()
+        if drafts_ahead_on_v1(vllm_config) and self.async_scheduling is None:
+            vllm_config = create(async_scheduling=False)  # scheduling ahead was vLLM's choice
         finish_config(vllm_config, served.default)
         check_layer_groups(served.layer_groups, num_full_layers(vllm_config))
         served.try_out(attention_shape(vllm_config))
@@ -215,6 +219,14 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
         "num_speculative_tokens 1, of a module with a KV cache)": (
             speculative is not None
             and (speculative.use_multi_module_mtp() or speculative.use_gemma4_mtp())
+        ),
+        "--speculative-config.enable_adaptive_verification (allowed: without)": (
+            speculative is not None and speculative.enable_adaptive_verification
+        ),
+        f"{drafter} on Model Runner V1 (allowed: ngram)": (
+            speculative is not None
+            and speculative.use_ngram_gpu()
+            and not vllm_config.use_v2_model_runner
         ),
         f"{drafter} and --async-scheduling on Model Runner V1 (allowed: --no-async-scheduling)": (
             drafts_ahead_on_v1(vllm_config)
