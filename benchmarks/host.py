@@ -232,7 +232,7 @@ class PolicyWorker(KVPolicyWorkerMixin, PlainWorker):
         spec, groups = specs[0], range(len(specs))
         self.served_policies = spec.served
         self.runner_access = self
-        self._scores, self._in_step = None, False
+        self._scores, self._in_step, self._reads_host = None, False, False
         self.model_runner = SimpleNamespace(device=torch.device("cpu"))
         self._windows = QueryWindows(spec.served.num_queries, self.scheduler_config.max_num_seqs)
         self._block_scorer = InstantScorer({group: [] for group in groups}, self._windows)

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from vllm.platforms.cpu import CpuPlatform
 
 from vllm_semantic.upstream.hooks import unsupported_features
 
+from .. import interpreter
 from .test_flags import configure
 
 SMALL = {
@@ -231,3 +233,17 @@ def test_every_refusal_is_tested() -> None:
     ]
     untested = [one for one in refused if not any(re.search(p, one) for p in patterns)]
     assert not untested
+
+
+@pytest.mark.cpu_build("vLLM schedules ahead there, and Model Runner V2 runs")
+def test_model_runner_v1_does_not_draft_ahead(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where vLLM turns scheduling ahead on; asked for, it is refused."""
+    # Noted, so that it is put back.
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", CpuPlatform.check_and_update_config)
+    interpreter.allow_async_scheduling()
+    flags = ["--skip-tokenizer-init", "--kv-policy", "semantic"]
+    flags += ["--spec-method", "draft_model", "--spec-model", llama, "--spec-tokens", "2"]
+    assert not configure(llama, *flags).scheduler_config.async_scheduling
+    message = r"and --async-scheduling on Model Runner V1 \(allowed: --no-async-scheduling\)"
+    with pytest.raises(ValueError, match=message):
+        configure(llama, *flags, "--async-scheduling")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_semantic.engine.query_windows import QueryWindows
+from vllm_semantic.engine.query_windows import QueryWindows, num_drafts_in_flight
 
 
 @settings(deadline=None, derandomize=True)
@@ -48,3 +52,26 @@ def test_rings_are_used_again() -> None:
         windows.window("c", 1, 1)
     windows.forget(["a", "never seen"])
     assert windows.window("c", 1, 1)[0] // 4 == first
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+@pytest.mark.parametrize("num_guesses", [1, 4])
+def test_guesses_take_no_place_that_is_looked_at(num_guesses: int, steps_in_flight: int) -> None:
+    """Of a session whose turn ends among the tokens of a step, with the next step in flight; its
+    next turn is short."""
+    config: Any = SimpleNamespace(
+        num_speculative_tokens=num_guesses, max_concurrent_batches=steps_in_flight
+    )
+    num_queries, of_step, begin = 8, 1 + num_guesses, 40
+    for length, of_turn in itertools.product(range(1, of_step + 1), range(1, 2 * of_step + 1)):
+        windows = QueryWindows(num_queries, 1, num_drafts_in_flight(config))
+        kept = {}
+        spans = [(0, begin)]
+        spans += [(begin + i * of_step, begin + (i + 1) * of_step) for i in range(steps_in_flight)]
+        end = begin + length + of_turn
+        for first, last in [*spans, (begin + length, end)]:
+            starts, ends = np.array([0, last - first]), np.array([last])
+            for source, row in windows.place({"a"}, ["a"], starts, ends).tolist():
+                kept[row] = first + source
+        shown = [kept[row] for row in windows.window("a", end, num_queries).tolist()]
+        assert shown == list(range(end - num_queries, end))

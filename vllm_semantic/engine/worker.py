@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -124,6 +124,7 @@ class KVPolicyWorkerMixin(Worker):
         self._scored_layers: dict[int, list[Attention]] = {}
         self._draft_caches: dict[int, list[CachedKV]] = {}
         self._scores: PendingScores | None = None
+        self._reads_host = False
         self._end_step()
         self._windows = QueryWindows(
             self.served_policies.num_queries,
@@ -174,9 +175,9 @@ class KVPolicyWorkerMixin(Worker):
             self._host.copy(step.copies)
         self._apply_evictions(step)
         self._begin_step(step)
-        graphs = self.runner_access.without_graphs() if step.reads else nullcontext()
+        self._reads_host = bool(step.reads)
         try:
-            with graphs:
+            with self._graphs():
                 output = super().execute_model(scheduler_output)
         finally:
             self._end_step()
@@ -196,7 +197,8 @@ class KVPolicyWorkerMixin(Worker):
         """
         self._in_step = True
         try:
-            output = super().sample_tokens(grammar_output)
+            with self._graphs():
+                output = super().sample_tokens(grammar_output)
         finally:
             self._end_step()
         scores, self._scores = self._scores, None
@@ -224,6 +226,10 @@ class KVPolicyWorkerMixin(Worker):
             self.peak_activation_memory += reserved.total
             self.available_kv_cache_memory_bytes -= reserved.total
         return reserved.total
+
+    def _graphs(self) -> AbstractContextManager[None]:
+        """No CUDA graph captured what a step does that reads host memory."""
+        return self.runner_access.without_graphs() if self._reads_host else nullcontext()
 
     # -- one step ----------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class RunnerAccess(ABC):
 
     @abstractmethod
     def without_graphs(self) -> AbstractContextManager[None]:
-        """For a step whose attention does what no CUDA graph has captured."""
+        """For a step whose attention does what no CUDA graph has captured, and for its drafts."""
 
     @abstractmethod
     def draft_layers(self) -> Set[str]:
@@ -99,7 +99,15 @@ class RunnerV2(RunnerAccess):
 
     @contextmanager
     def without_graphs(self) -> Iterator[None]:
-        with replaced(self._runner.cudagraph_manager, "_graphs_captured", False):
+        drafter = self._runner.speculator
+        managers = (
+            self._runner.cudagraph_manager,
+            # It attends once more to what the step's metadata says.
+            getattr(drafter, "prefill_cudagraph_manager", None),
+        )
+        with ExitStack() as stack:
+            for manager in filter(None, managers):
+                stack.enter_context(replaced(manager, "_graphs_captured", False))
             yield
 
     def draft_layers(self) -> Set[str]:
