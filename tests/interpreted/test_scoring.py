@@ -169,7 +169,11 @@ def attention_both(
     else:
         values = torch.randn(shape, generator=generator)
     queries, keys, values = queries.to(dtype), keys.to(fp8 or dtype), values.to(fp8 or dtype)
-    logit_scales, value_scales = torch.tensor([[0.5, 3.0], [2.0, 0.25]]) if fp8 else (None, None)
+    logit_scales = value_scales = None
+    if fp8:
+        logit_scales, value_scales = torch.rand(
+            2, num_layers, num_kv_heads, generator=generator
+        ).mul_(2)
     of_tokens: tuple[torch.Tensor, ...] = ()
     if token_scales:
         logit_scales = value_scales = None
@@ -214,7 +218,7 @@ def attention_both(
             of *= by.unsqueeze(4)
         gathered, read = (
             of[:, kernel_ids].transpose(2, 3).flatten(3, 4).nan_to_num()
-            * (1 if scales is None else scales.view(-1, 1, 1, 1, 1))
+            * (1 if scales is None else scales[:, None, :, None, None])
             for of, scales in zip(meant, (logit_scales, value_scales), strict=True)
         )
         weights = BlockView(
@@ -260,7 +264,7 @@ def test_attention_by_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_attention_in_an_fp8_cache(fp8: torch.dtype) -> None:
-    """Each layer has its scales."""
+    """Each head has its scales."""
     attention_both(dtype=torch.bfloat16, fp8=fp8)
 
 

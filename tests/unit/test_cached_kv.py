@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from vllm import _custom_ops as custom_ops
@@ -14,6 +17,7 @@ from vllm_semantic.engine.cached_kv import (
     Packing,
     Quantized,
     cpu_packing,
+    head_scales,
     stack_layers,
 )
 
@@ -129,7 +133,8 @@ def test_an_fp8_cache_is_read_with_its_scales(dtype: torch.dtype, kv_cache_dtype
     packing = cpu_packing(32, 64, dtype, isa, kv_cache_dtype)
     ids = torch.tensor([3, 0, 5])
     for kernel_blocks in (1, 2):
-        cache = CachedKV(kv_cache, 64, kernel_blocks, packing, Quantized(fp8, *scales.t()))
+        of_heads = (of.unsqueeze(1).expand(-1, 2) for of in scales.t())
+        cache = CachedKV(kv_cache, 64, kernel_blocks, packing, Quantized(fp8, *of_heads))
         shape = (NUM_LAYERS, -1, kernel_blocks * 32, 2, 64)
         gathers = (cache.gather_keys, cache.gather_values)
         for half, gather, of in zip(written, gathers, scales.t(), strict=True):
@@ -253,3 +258,21 @@ def test_what_cannot_be_one_view_stays_apart() -> None:
 def test_layers_that_share_a_cache() -> None:
     memory = torch.randn(4, 2, 3, 8)
     assert_views(stack_layers([memory, memory]), [memory, memory])
+
+
+@pytest.mark.parametrize("per_head", [True, False])
+def test_scales_are_what_the_backend_takes(per_head: bool) -> None:
+    """One for each head, as llm-compressor writes them, or their maximum; or one for a layer."""
+    kv_cache = torch.empty(0)
+
+    def layer(scales: list[float]) -> Any:
+        return SimpleNamespace(
+            attn_backend=SimpleNamespace(supports_per_head_quant_scales=lambda: per_head),
+            num_kv_heads=2,
+            kv_cache=kv_cache,
+            _k_scale=torch.tensor(scales),
+            _k_scale_float=max(scales),
+        )
+
+    found = head_scales([layer([0.5, 2.0]), layer([3.0])], "_k_scale")
+    assert found.tolist() == [[0.5 if per_head else 2.0, 2.0], [3.0, 3.0]]

@@ -35,12 +35,13 @@ class Packing(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """How a quantised cache is read: an element times its layer's scale or its token's."""
+    """How a quantised cache is read: an element times its head's scale or its token's."""
 
     dtype: torch.dtype
     """Of the elements, which vLLM may keep as uint8."""
     keys: torch.Tensor | None = None
-    """``[num_layers]`` fp32. ``None``: behind each head's key lies its own scale, fp32."""
+    """``[num_layers, num_kv_heads]`` fp32. ``None``: behind each head's key lies its own scale,
+    fp32."""
     values: torch.Tensor | None = None
 
 
@@ -49,8 +50,8 @@ FP8_DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-"""By ``--kv-cache-dtype``, the quantised caches that can be read of which each layer has a scale
-for its keys, and one for its values."""
+"""By ``--kv-cache-dtype``, the quantised caches that can be read of which each layer, or each of
+its heads, has a scale for its keys, and one for its values."""
 
 PER_TOKEN_DTYPES = {
     "fp8_per_token_head": torch.float8_e4m3fn,
@@ -165,7 +166,7 @@ class CachedKV:
         if size > 1:
             found = found.unflatten(1, (-1, size)).transpose(2, 3).flatten(3, 4)
         if self.quantized is not None and scales is None:
-            found *= self.quantized[1 + which].view(-1, 1, 1, 1, 1)
+            found *= self.quantized[1 + which][:, None, :, None, None]
         return found
 
     def _gather_kernel_blocks(self, which: int, kernel_ids: torch.Tensor) -> torch.Tensor:
@@ -235,18 +236,32 @@ def stack_layers(kv_caches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def quantized(layers: Sequence[Attention]) -> Quantized | None:
     """How the caches of some layers of one ``--kv-cache-dtype`` are read.
 
-    Scales of layers are a checkpoint's, or 1 (vllm/model_executor/layers/quantization/kv_cache.py).
+    Scales of layers and heads are a checkpoint's, or 1 (vllm/model_executor/layers/quantization/,
+    ``kv_cache.py`` and ``compressed_tensors/compressed_tensors.py``).
     """
     if per_token := PER_TOKEN_DTYPES.get(layers[0].kv_cache_dtype):
         return Quantized(per_token)
     dtype = FP8_DTYPES.get(layers[0].kv_cache_dtype)
     if dtype is None:
         return None
-    keys, values = (
-        torch.tensor([getattr(layer, name) for layer in layers], device=layers[0].kv_cache.device)
-        for name in ("_k_scale_float", "_v_scale_float")
-    )
-    return Quantized(dtype, keys, values)
+    return Quantized(dtype, head_scales(layers, "_k_scale"), head_scales(layers, "_v_scale"))
+
+
+def head_scales(layers: Sequence[Attention], name: str) -> torch.Tensor:
+    """The scales of some layers, ``[num_layers, num_kv_heads]`` fp32.
+
+    Args:
+        layers: of one number of KV heads and one backend.
+        name: of the attribute; it has one scale, or one for each KV head. A backend that knows only
+            one takes the number of the attribute that ends in ``_float``.
+    """
+    first = layers[0]
+    if first.attn_backend.supports_per_head_quant_scales():
+        scales = [getattr(layer, name).detach().float().flatten() for layer in layers]
+    else:
+        numbers = [getattr(layer, f"{name}_float") for layer in layers]
+        scales = list(torch.tensor(numbers, device=first.kv_cache.device))
+    return torch.stack([of.expand(first.num_kv_heads) for of in scales])
 
 
 def cpu_packing(

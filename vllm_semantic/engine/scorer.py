@@ -50,8 +50,8 @@ class ScoredLayers:
     scale: float
     """What these layers multiply a dot product with."""
     query_scales: torch.Tensor | None = None
-    """``[num_layers]`` fp32: what the kept queries of each are to be multiplied with, where vLLM
-    quantises queries too."""
+    """``[num_layers, num_kv_heads]`` fp32: what the kept queries of each head's group are to be
+    multiplied with, where vLLM quantises queries too."""
     host: CachedKV | None = None
     """Their evicted blocks in host memory, if any can be recalled; see :class:`HostBlocks`."""
 
@@ -328,7 +328,8 @@ class BlockScorer:
                     values = partial(_both, values, host.gather_values, places, order)
                 queries = layers.queries.index_select(1, rows).float()
                 if layers.query_scales is not None:
-                    queries *= layers.query_scales.view(-1, 1, 1, 1)
+                    group = queries.shape[2] // layers.query_scales.shape[1]
+                    queries *= layers.query_scales.repeat_interleave(group, 1)[:, None, :, None]
                 view = BlockView(
                     queries,
                     keys(block_ids),
@@ -375,7 +376,7 @@ def _some_at_once(
 
 
 def _scales(layers: ScoredLayers) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What kernels multiply the logits, and the values, of each layer with."""
+    """What kernels multiply the logits, and the values, of each KV head with."""
     cache, query_scales = layers.cache.quantized, layers.query_scales
     if cache is None or cache.keys is None:
         return query_scales, None

@@ -35,7 +35,7 @@ from ..served import CONFIG_KEY, ServedPolicies
 from ..upstream.backends import wrapped_attention_backends
 from ..upstream.runners import access
 from .backend import CapturingImpl, CompactingBuilder, StepBuffers
-from .cached_kv import CachedKV, Packing, quantized, stack_layers
+from .cached_kv import CachedKV, Packing, head_scales, quantized, stack_layers
 from .held_blocks import HeldBlocks, HeldRows
 from .host_blocks import HostBlocks
 from .host_reads import Staging
@@ -440,7 +440,7 @@ class KVPolicyWorkerMixin(Worker):
             cache = CachedKV(kv_cache, first.head_size, kernel_blocks, packing, fp8)
             query_scales = None
             if any(layer.query_quant is not None for layer in of_stack):
-                query_scales = torch.stack([layer._q_scale.float() for layer in of_stack])
+                query_scales = head_scales(of_stack, "_q_scale")
             scored.append(ScoredLayers(cache, queries, first.impl.scale, query_scales))
         buffers = [buffer for stacked in scored for buffer in stacked.queries]
         for layer, buffer in zip(layers, buffers, strict=True):

@@ -41,11 +41,11 @@ class CachedBlocks:
     """As :attr:`keys`; ``None`` where no view shows them."""
 
     logit_scales: torch.Tensor | None = None
-    """``[num_layers]`` fp32, what :attr:`scale` is multiplied with in each layer, where the cache
-    or the queries are quantised; ``None``: 1."""
+    """``[num_layers, num_kv_heads]`` fp32, contiguous: what :attr:`scale` is multiplied with in
+    each head, where the cache or the queries are quantised; ``None``: 1."""
 
     value_scales: torch.Tensor | None = None
-    """``[num_layers]`` fp32, what :attr:`values` are multiplied with; ``None``: 1."""
+    """``[num_layers, num_kv_heads]`` fp32, what :attr:`values` are multiplied with; ``None``: 1."""
 
     key_token_scales: torch.Tensor | None = None
     """``[num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size]`` fp32, a view with any

@@ -136,7 +136,7 @@ def block_logsumexp_kernel(
     block_ids,  # [num_blocks] int64
     requests,  # [num_blocks] int64
     first_positions,  # [num_blocks] int64
-    logit_scales,  # [num_layers] fp32; not read without SCALED
+    logit_scales,  # [num_layers, num_kv_heads] fp32; not read without SCALED
     scale,
     query_stride_layer,
     query_stride_row,
@@ -170,8 +170,6 @@ def block_logsumexp_kernel(
 ):
     block = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
-    if SCALED:
-        scale *= tl.load(logit_scales + layer)
     request = tl.load(requests + block)
     kernel_block = tl.load(block_ids + block) * KERNEL_BLOCKS
     channel = tl.arange(0, PADDED_HEAD_SIZE)
@@ -216,6 +214,9 @@ def block_logsumexp_kernel(
             mask=in_window[:, None] & in_head[None, :],
             other=0.0,
         ).to(tl.float32)
+        of_head = scale
+        if SCALED:
+            of_head *= tl.load(logit_scales + layer * NUM_KV_HEADS + head)
         greatest = tl.full([PADDED_ROWS], float("-inf"), tl.float32)
         total = tl.zeros([PADDED_ROWS], tl.float32)
         weighed = tl.zeros([PADDED_ROWS], tl.float32)
@@ -225,7 +226,7 @@ def block_logsumexp_kernel(
                 mask=in_tile,
                 other=0.0,
             ).to(tl.float32)
-            logits = tl.dot(q, k, input_precision="ieee") * scale
+            logits = tl.dot(q, k, input_precision="ieee") * of_head
             of_part = scale_row + part * scale_stride_block + head * scale_stride_head
             if TOKEN_SCALES:
                 logits *= tl.load(key_scales + of_part, mask=written, other=0.0)[None, :]
@@ -315,5 +316,5 @@ def block_logsumexp(
         TOKEN_SCALES=key_scales is not None,
     )
     if values is not None and cached.value_scales is not None:
-        norms *= cached.value_scales.view(-1, 1, 1, 1)
+        norms *= cached.value_scales.repeat_interleave(group, 1)[:, None, :, None]
     return out, norms
