@@ -24,11 +24,18 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMClientError
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsKVCacheMethod,
+)
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import BeamSearchParams
 from vllm.utils.import_utils import resolve_obj_by_qualname
-from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.core.block_pool import BlockPool
@@ -395,6 +402,14 @@ def test_triton_attn_remembers_where_scales_are() -> None:
     assert "self._v_scale_cache" in ensure
     forward = inspect.getsource(TritonAttentionImpl.forward)
     assert "k_scale_cache = self._k_scale_cache" in forward
+
+
+def test_backends_say_whether_heads_have_scales() -> None:
+    assert callable(AttentionBackend.supports_per_head_quant_scales)
+    process = inspect.getsource(CompressedTensorsKVCacheMethod.process_weights_after_loading)
+    for name in ("_k_scale", "_v_scale", "_q_scale"):
+        assert f'layer.register_buffer("{name}"' in process
+        assert f"layer.{name}_float" in process
     schedule = inspect.getsource(Scheduler.schedule)
     assert "num_lookahead_tokens=self.num_lookahead_tokens," in schedule, "by name"
 
