@@ -43,7 +43,6 @@ SUITES = {
     "speculation": [
         "tests/e2e/test_speculation.py::test_drafts_change_nothing",
         "tests/e2e/test_speculation.py::test_a_model_that_drafts_sees_what_is_held",
-        "tests/e2e/test_speculation.py::test_eagle3",
         "tests/e2e/test_speculation.py::test_mtp",
         "tests/e2e/test_speculation.py::test_a_step_at_a_time",
     ],

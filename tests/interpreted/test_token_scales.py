@@ -23,8 +23,8 @@ OPTIONS = {
     "semantic_tokens": 64,
     "similarity": "contribution",
 }
-PARAMS = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True, detokenize=False)
-PROMPTS = random_prompts([250])
+PARAMS = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, detokenize=False)
+PROMPTS = random_prompts([190])
 
 for_every_dtype = pytest.mark.parametrize("kv_cache_dtype", PER_TOKEN_DTYPES)
 
