@@ -164,10 +164,16 @@ DEVICES = {"pipeline parallelism": 2, "context parallelism": 4}
 """Where vLLM has GPUs it counts them before a plugin is asked."""
 
 
-@pytest.mark.parametrize(
-    "feature",
-    [pytest.param(name, marks=pytest.mark.devices(DEVICES.get(name, 1))) for name in REFUSED],
-)
+CPU_BUILD = {"n-grams of a GPU": "on a GPU Model Runner V2 runs, and takes them"}
+
+
+def marks(feature: str) -> list[pytest.MarkDecorator]:
+    devices = pytest.mark.devices(DEVICES.get(feature, 1))
+    why = CPU_BUILD.get(feature)
+    return [devices, pytest.mark.cpu_build(why)] if why else [devices]
+
+
+@pytest.mark.parametrize("feature", [pytest.param(name, marks=marks(name)) for name in REFUSED])
 def test_refused_at_start(feature: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     name, flags, message = REFUSED[feature]
     model = model_path(name, request, tmp_path)
