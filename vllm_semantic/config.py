@@ -32,7 +32,7 @@ SPECULATIVE_METHODS = ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3", "
 """What may draft tokens under a policy. A model that drafts has layers of its own in the KV cache:
 its blocks are the request's, and go with them."""
 
-KV_CONNECTORS = ("OffloadingConnector",)
+KV_CONNECTORS = ("OffloadingConnector", "ExampleConnector")
 """What ``--kv-transfer-config`` may name under a policy: it can be told which blocks are exact."""
 
 KV_CACHE_DTYPES = (

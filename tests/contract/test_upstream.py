@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     OffloadingConnectorScheduler,
     RequestOffloadState,
@@ -209,6 +210,18 @@ def test_offloading_can_be_told_what_is_exact() -> None:
     assert offered.count("if block_id == 0:") == 2, "what is gone is not stored"
     flushed = inspect.getsource(OffloadingConnectorScheduler)
     assert "jobs_to_flush=self._current_batch_jobs_to_flush" in flushed
+
+
+def test_the_example_connector_stores_what_it_is_shown() -> None:
+    """The names that ``engine/whole_prompts.py`` reads."""
+    build = inspect.getsource(ExampleConnector.build_connector_meta)
+    assert "for new_req in scheduler_output.scheduled_new_reqs:" in build
+    assert "if new_req.req_id in self._requests_need_load:" in build
+    assert [*inspect.signature(ExampleConnector.get_num_new_matched_tokens).parameters] == [
+        "self",
+        "request",
+        "num_computed_tokens",
+    ]
 
 
 def test_request_has_what_is_read() -> None:

@@ -108,8 +108,16 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
     ),
     "KV connector": (
         "llama",
-        ["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'],
-        r"--kv-transfer-config with ExampleConnector \(allowed: OffloadingConnector\)",
+        ["--kv-transfer-config", '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}'],
+        r"--kv-transfer-config with \w+ \(allowed: OffloadingConnector, ExampleConnector\)",
+    ),
+    "example connector in groups": (
+        "llama",
+        [
+            *("--kv-policy-config.layer_groups", "2", "--kv-transfer-config"),
+            '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}',
+        ],
+        r"with \w+ and --kv-policy-config.layer_groups 2 \(allowed: 1, OffloadingConnector\)",
     ),
     "four bits": (
         "llama",
@@ -219,7 +227,7 @@ def test_every_refusal_is_tested() -> None:
             enable_adaptive_verification=True,
             kv_cache_dtype="fp8",
         ),
-        kv_transfer_config=SimpleNamespace(kv_connector="ExampleConnector"),
+        kv_transfer_config=SimpleNamespace(kv_connector="NixlConnector"),
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="FLEX_ATTENTION")),
         diffusion_config=SimpleNamespace(),
         scheduler_config=SimpleNamespace(async_scheduling=True),

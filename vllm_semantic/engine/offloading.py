@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import (
         OffloadingConnector,
     )
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 
@@ -34,6 +35,10 @@ class Offloading:
         self._most_of_vllm = connector._max_loadable_tokens
         self._max_hit = max_hit
         connector._max_loadable_tokens = self._max_loadable_tokens  # type: ignore[method-assign]
+
+    def offered(self, output: SchedulerOutput) -> SchedulerOutput:
+        """A step as the connector is shown it: as it is."""
+        return output
 
     def lose(
         self, request_id: str, num_exact_tokens: int, evicted: Mapping[int, BlockIndices]

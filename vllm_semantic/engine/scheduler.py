@@ -33,6 +33,7 @@ from .offloading import Offloading
 from .recalls import Recalls
 from .spec import SemanticSpec
 from .stats import attach_changes
+from .whole_prompts import WholePrompts
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request, StreamingUpdate
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, or INFO is lost
+
+CONNECTORS = {"OffloadingConnector": Offloading, "ExampleConnector": WholePrompts}
+"""What tells a KV connector which blocks are exact, by its name."""
 
 
 class KVPolicyMixin(Scheduler):
@@ -83,11 +87,9 @@ class KVPolicyMixin(Scheduler):
             manager.is_first = manager is self._points_manager
             if self.host_pool is not None:
                 manager.recalls = Recalls(self.host_pool, manager.kv_cache_group_id)
-        self._offloading: Offloading | None = None
         if self.connector is not None:
-            self._offloading = Offloading(
-                self.connector, self._points_manager.max_prefix_hit_tokens
-            )
+            adapter = CONNECTORS[type(self.connector).__name__]
+            self._adapter = adapter(self.connector, self._points_manager.max_prefix_hit_tokens)
         self._log_policy(spec)
 
     def add_request(self, request: Request) -> None:
@@ -288,15 +290,14 @@ class KVPolicyMixin(Scheduler):
         self, connector: KVConnectorBase_V1, scheduler_output: SchedulerOutput
     ) -> KVConnectorMetadata:
         """Say what the step will copy; first, which blocks it may overwrite."""
-        assert self._offloading is not None
         evicted: defaultdict[str, dict[int, BlockIndices]] = defaultdict(dict)
         for group_id, manager in self.kv_policy_managers.items():
             for request_id, blocks in manager.evicting.items():
                 evicted[request_id][group_id] = blocks
         for request_id, of_groups in evicted.items():
             num_exact = self._points_manager.num_exact_tokens(request_id)
-            self._offloading.lose(request_id, int(num_exact), of_groups)
-        return super()._build_kv_connector_meta(connector, scheduler_output)
+            self._adapter.lose(request_id, int(num_exact), of_groups)
+        return super()._build_kv_connector_meta(connector, self._adapter.offered(scheduler_output))
 
     def _forget_progress(self, request: Request) -> None:
         """What is remembered of a request up to its next point no longer holds."""

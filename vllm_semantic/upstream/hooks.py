@@ -238,6 +238,12 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
         f"{', '.join(KV_CONNECTORS)})": (
             transfer is not None and transfer.kv_connector not in KV_CONNECTORS
         ),
+        f"--kv-transfer-config with {transfer and transfer.kv_connector} and "
+        f"{CONFIG_FLAG}.{LAYER_GROUPS} {served.layer_groups} (allowed: 1, OffloadingConnector)": (
+            transfer is not None
+            and transfer.kv_connector != "OffloadingConnector"
+            and served.layer_groups > 1
+        ),
         f"--kv-cache-dtype {cache.cache_dtype} (allowed: {', '.join(KV_CACHE_DTYPES)})": (
             cache.cache_dtype not in KV_CACHE_DTYPES
         ),
