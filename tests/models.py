@@ -54,16 +54,14 @@ def make_shallow(path: Path, family: str = "Llama") -> str:
     """A Llama or a Qwen2 whose second layer says little: its first alone is right most of the
     time."""
     import transformers
-    from safetensors.torch import load_file, save_file
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SHAPE)
-    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(path)
-    tensors = load_file(path / "model.safetensors")
+    shape = getattr(transformers, f"{family}Config")(**SHAPE)
+    getattr(transformers, f"{family}ForCausalLM")(shape).save_pretrained(path)
+    config, _, tensors = first_layer(str(path))
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         tensors[f"model.layers.1.{name}.weight"] *= 0.05
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    return str(path)
+    return write_model(path, config, tensors)
 
 
 def make_eagle(source: str, path: Path) -> str:

@@ -395,8 +395,10 @@ def test_a_draft_shares_blocks_and_builds_metadata_of_its_own() -> None:
     assert "self.speculator.set_attn(" in inspect.getsource(GPUModelRunnerV2)
     assert "if not attn_group.supports_draft_decode_metadata_update" in v2, "asked of builders"
     assert "else self._multi_step_decode" in inspect.getsource(TargetDependentARSpeculator.propose)
-    for name in ("use_multi_module_mtp", "use_gemma4_mtp"):
+    for name in ("use_multi_module_mtp", "use_gemma4_mtp", "use_ngram_gpu"):
         assert callable(getattr(SpeculativeConfig, name))
+    schedule = inspect.getsource(Scheduler.schedule)
+    assert "num_lookahead_tokens=self.num_lookahead_tokens," in schedule, "by name"
 
 
 def test_a_request_says_how_many_drafts_are_in_flight() -> None:
@@ -423,8 +425,6 @@ def test_backends_say_whether_heads_have_scales() -> None:
     for name in ("_k_scale", "_v_scale", "_q_scale"):
         assert f'layer.register_buffer("{name}"' in process
         assert f"layer.{name}_float" in process
-    schedule = inspect.getsource(Scheduler.schedule)
-    assert "num_lookahead_tokens=self.num_lookahead_tokens," in schedule, "by name"
 
 
 def test_outputs_take_attributes() -> None:

@@ -6,12 +6,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from vllm import SamplingParams
 
 from ..engines import engine, reset_trace
 from ..models import random_prompts
 
-OPTIONS = {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 64}
+POLICY: dict[str, Any] = {
+    "policy": "semantic",
+    "kv_policy_config": {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 64},
+}
 PROMPTS = random_prompts([130, 300, 600])
 """Within the budget; over it at its end; over it in its midst, where a step ends."""
 PARAMS = SamplingParams(max_tokens=80, temperature=0, ignore_eos=True, detokenize=False)
@@ -25,6 +29,15 @@ def connector(folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def alone(llama: str) -> list[Any]:
+    """What comes of the prompts without a connector."""
+    with engine(llama, **POLICY) as llm:
+        results, _ = run(llm)
+    assert [bool(evicted) for _, evicted in results] == [True, True, True]
+    return results
+
+
 def run(llm: Any) -> tuple[list[Any], list[int]]:
     """Tokens and evictions of each prompt, and what it found computed."""
     reset_trace(llm)
@@ -36,13 +49,8 @@ def run(llm: Any) -> tuple[list[Any], list[int]]:
     return results, [output.num_cached_tokens for output in outputs]
 
 
-def test_whole_prompts_travel(llama: str, tmp_path: Path) -> None:
-    config = connector(tmp_path)
-    kwargs: dict[str, Any] = {"policy": "semantic", "kv_policy_config": OPTIONS}
-    with engine(llama, **kwargs) as llm:
-        alone, _ = run(llm)
-    assert [bool(evicted) for _, evicted in alone] == [True, True, True]
-    with engine(llama, kv_transfer_config=config, **kwargs) as llm:
+def test_whole_prompts_travel(alone: list[Any], llama: str, tmp_path: Path) -> None:
+    with engine(llama, kv_transfer_config=connector(tmp_path), **POLICY) as llm:
         assert run(llm) == (alone, [0, 0, 0])
         stored = list(tmp_path.iterdir())
         assert len(stored) == 2, "a prompt of two steps was stored, or one of one step was not"
@@ -51,15 +59,12 @@ def test_whole_prompts_travel(llama: str, tmp_path: Path) -> None:
 
 
 def test_a_prompt_whose_first_eviction_needs_its_queries_is_computed(
-    llama: str, tmp_path: Path
+    alone: list[Any], llama: str, tmp_path: Path
 ) -> None:
     """What another engine, without a policy, has stored is too much of it."""
     config = connector(tmp_path)
     with engine(llama, kv_transfer_config=config, max_num_batched_tokens=1024) as llm:
         run(llm)
     assert len([*tmp_path.iterdir()]) == 3
-    kwargs: dict[str, Any] = {"policy": "semantic", "kv_policy_config": OPTIONS}
-    with engine(llama, **kwargs) as llm:
-        alone, _ = run(llm)
-    with engine(llama, kv_transfer_config=config, **kwargs) as llm:
+    with engine(llama, kv_transfer_config=config, **POLICY) as llm:
         assert run(llm) == (alone, [128, 288, 0])

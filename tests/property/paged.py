@@ -507,8 +507,7 @@ class PagedWorker:
         accepted: int,
     ) -> list[float]:
         _, end, known = span
-        early = end < assumed or end > known + accepted
-        end = assumed
+        behind, settled, end = end < assumed, known + accepted, assumed
         row = self.rows[request_id][group]
         assert asked.block_indices == sorted(set(asked.block_indices))
         filling = [end // self.block_size] if end % self.block_size else []
@@ -517,12 +516,14 @@ class PagedWorker:
         held = [i for i in range(end // self.block_size) if row[i]]
         sink = asked.policy.budget(self.block_size).sink if asked.over_layers == "max" else 0
         assert asked.block_indices == held[sink:], "every full block that is held"
-        if not early:
+        if not behind:
             self._check_window(request_id, end, asked.policy.num_queries)
         for i, slot in asked.recallable.items():
             assert row[i] == 0, "it is here, and would have to come back"
             self._check_slot(group, tokens, i, slot)
-        if early:  # the request has not come so far, and what is found counts nowhere
+        if (
+            behind or end > settled
+        ):  # the request has not come so far, and what is found counts nowhere
             return [float(-i % 3) for i in asked.scored_indices]
         return [tokens.score(end, i, group) for i in asked.scored_indices]
 
