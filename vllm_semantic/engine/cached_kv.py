@@ -160,7 +160,7 @@ class CachedKV:
             offsets = torch.arange(size, device=block_ids.device)
             block_ids = (block_ids.unsqueeze(1) * size + offsets).flatten()
         found = self._gather_kernel_blocks(which, block_ids)
-        scales = self._token_scales(which)
+        scales = self.value_scales if which else self.key_scales
         if scales is not None:
             found *= scales[:, block_ids].unsqueeze(4)
         if size > 1:
