@@ -420,15 +420,14 @@ class EngineSide:
 
     def _scored_layers(self) -> list[Any]:
         layers = self.worker.vllm_config.compilation_config.static_forward_context.values()
-        return [x for x in layers if getattr(x.impl, "newest_queries", None) is not None]
+        return [x for x in layers if getattr(x.impl, "keep_queries", None) is not None]
 
     def _instrument(self) -> dict[str, Clock]:
         """Clocks on everything that the policy adds to a step."""
-        from vllm_semantic.engine import backend
-
         scoring, eviction, compaction = Clock(), Clock(), Clock()
         scoring.wrap(self.worker._block_scorer, "_score_group")
-        scoring.wrap(backend, "keep_queries")
+        for layer in self._scored_layers():
+            scoring.wrap(layer.impl, "keep_queries")
         eviction.wrap(self.worker, "_apply_evictions")
         for group_id, manager in self.scheduler.kv_policy_managers.items():
             for name in ("keeps_queries", "score_request", "record_scores"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_semantic.ops.cached_blocks import CachedBlocks
+from vllm_semantic.ops.cached_blocks import CachedBlocks, CachedLayers
 from vllm_semantic.ops.scoring import (
     cached_attention,
     cached_contribution,
@@ -38,16 +38,12 @@ def _scoring(
     both = torch.randn(shape, generator=generator, device=device).to(dtype)
     keys, values = both.split(head_size, dim=-1)
     cached = CachedBlocks(
-        queries,
+        CachedLayers(queries, keys, kernel_blocks=1, scale=scale, values=values),
         windows=torch.randperm(rows, generator=generator, device=device).view(num_reqs, window),
         num_tokens=torch.full((num_reqs,), held * 16, device=device),
-        keys=keys,
-        kernel_blocks=1,
         block_ids=torch.randperm(400, generator=generator, device=device)[: num_reqs * held],
         requests=torch.arange(num_reqs, device=device).repeat_interleave(held),
         first_positions=torch.arange(held, device=device).repeat(num_reqs) * 16,
-        scale=scale,
-        values=values,
     )
     cosines, attention, contribution = [], [], []
     for request in range(num_reqs):

@@ -107,7 +107,7 @@ def device() -> Iterator[Finding]:
     if capability := current_platform.get_device_capability():
         yield Finding("compute capability", capability.as_version_str())
     on_gpu = current_platform.is_cuda_alike()
-    kernels = "Triton" if on_gpu or runs_triton(torch.device("cpu")) else "torch, no Triton needed"
+    kernels = "Triton" if on_gpu or runs_triton(torch.device("cpu")) else "numba, no Triton needed"
     yield Finding("kernels", kernels, ok=HAS_TRITON or not on_gpu)
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from vllm import SamplingParams
 
-from vllm_semantic.engine import backend
+from vllm_semantic.engine import worker
+from vllm_semantic.ops.kernels import cpu_scoring
+from vllm_semantic.ops.queries import Keep, keeper
 from vllm_semantic.policies import SemanticPolicy
 
 from ..engines import engine
 from ..models import random_prompts
+from ..platforms import on_gpu
 
 OPTIONS = {"sink_tokens": 8, "recent_tokens": 64, "semantic_tokens": 128}
 NUM_ANSWERED = 100
@@ -21,14 +26,28 @@ NUM_LAYERS = 2
 def test_queries_are_copied_only_before_an_eviction(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep_queries, copied = backend.keep_queries, []
+    copied: list[int] = []
 
-    def counting(rings: torch.Tensor, queries: torch.Tensor, places: torch.Tensor) -> None:
-        copied.append(int(places[0, 0]))
-        assert len(places) == 1 + copied[-1], "no graph: a launch is as wide as what it copies"
-        keep_queries(rings, queries, places)
+    def counting_keeper(rings: torch.Tensor) -> Keep:
+        keep = keeper(rings)
 
-    monkeypatch.setattr(backend, "keep_queries", counting)
+        def counting(queries: torch.Tensor, places: torch.Tensor) -> None:
+            copied.append(int(places[0, 0]))
+            assert len(places) == 1 + copied[-1], "no graph: a launch is as wide as what it copies"
+            keep(queries, places)
+
+        return counting
+
+    monkeypatch.setattr(worker, "keeper", counting_keeper)
+    scored: list[bool] = []
+    block_scores = cpu_scoring.block_scores
+
+    def scoring(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+        scores = block_scores(*args, **kwargs)
+        scored.append(scores is not None)
+        return scores
+
+    monkeypatch.setattr(cpu_scoring, "block_scores", scoring)
     params = SamplingParams(max_tokens=NUM_ANSWERED, temperature=0, ignore_eos=True)
     policy = SemanticPolicy(**OPTIONS)
     window, budget = policy.num_queries, policy.budget(BLOCK_SIZE).total
@@ -36,6 +55,7 @@ def test_queries_are_copied_only_before_an_eviction(
 
         def run(*lengths: int) -> list[int]:
             copied.clear()
+            scored.clear()
             llm.generate(random_prompts(list(lengths)), params, use_tqdm=False)
             return list(copied)
 
@@ -46,6 +66,8 @@ def test_queries_are_copied_only_before_an_eviction(
         last_point = (length + NUM_ANSWERED - 1) // BLOCK_SIZE * BLOCK_SIZE
         num_points = (last_point - length) // BLOCK_SIZE + 1
         alone = run(length)
+        # The kernel for CPUs answered: torch's operations did not have to.
+        assert scored == ([] if on_gpu() else [True] * num_points)
         assert sum(alone) == NUM_LAYERS * window * num_points
         # The prompt's last queries in one step, then one in each step before a point.
         assert len(alone) == NUM_LAYERS * (1 + window * (num_points - 1))

@@ -5,16 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_semantic.ops.cached_blocks import CachedBlocks
+from vllm_semantic.ops.cached_blocks import CachedBlocks, CachedLayers
 from vllm_semantic.ops.kernels import scoring
-from vllm_semantic.ops.scoring import (
-    Reduction,
-    cached_attention,
-    cached_contribution,
-    mean_key_cosine,
-    over_heads,
-)
-from vllm_semantic.policies import BlockView
+from vllm_semantic.ops.scoring import mean_key_cosine
+
+from ..scored_blocks import attention_both, random_scales
 
 
 def reference(
@@ -33,11 +28,6 @@ def reference(
         pairs = mean_key_cosine(layer_queries[rows].float(), gathered.float().unsqueeze(1))
         scores.append(pairs.squeeze(1))
     return torch.stack(scores)
-
-
-def random_scales(of: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A scale for each key or value of a head, four numbers apart, as they lie in a cache."""
-    return torch.rand(*of.shape[:4], 4, generator=generator)[..., 0] + 0.1
 
 
 def score_both(
@@ -69,16 +59,12 @@ def score_both(
     block_ids = torch.tensor(ids, dtype=torch.int64)
     rows = torch.arange(len(ids)) % num_rows
     cached = CachedBlocks(
-        queries,
+        CachedLayers(queries, keys, kernel_blocks, scale=1.0, key_token_scales=scales),
         windows=rows.unsqueeze(1),
         num_tokens=torch.zeros(len(ids), dtype=torch.int64),
-        keys=keys,
-        kernel_blocks=kernel_blocks,
         block_ids=block_ids,
         requests=torch.arange(len(ids)),
         first_positions=torch.zeros(len(ids), dtype=torch.int64),
-        scale=1.0,
-        key_token_scales=scales,
     )
     scores = scoring.mean_key_cosine(cached)
     meant = keys if scales is None else keys.float() * scales.unsqueeze(4)
@@ -133,110 +119,9 @@ def test_zero_vectors_have_no_direction() -> None:
     queries = torch.zeros(1, 1, 2, 64)
     keys = torch.zeros(1, 2, 2, 16, 64)
     zero = torch.zeros(1, dtype=torch.int64)
-    cached = CachedBlocks(queries, zero.view(1, 1), zero, keys, 1, zero, zero, zero, 1.0)
+    layers = CachedLayers(queries, keys, 1, 1.0)
+    cached = CachedBlocks(layers, zero.view(1, 1), zero, zero, zero, zero)
     assert scoring.mean_key_cosine(cached).tolist() == [[0.0]]
-
-
-def attention_both(
-    num_heads: int = 4,
-    num_kv_heads: int = 2,
-    head_size: int = 64,
-    block_size: int = 16,
-    kernel_blocks: int = 1,
-    num_queries: int = 8,
-    dtype: torch.dtype = torch.float32,
-    heads: Reduction = "mean",
-    transposed: bool = False,
-    fp8: torch.dtype | None = None,
-    token_scales: bool = False,
-) -> None:
-    """Hold the kernel to attention over gathered keys and values, request by request.
-
-    Where no token is yet there are NaNs, as may lie in memory that nobody wrote.
-    """
-    generator = torch.Generator().manual_seed(head_size + block_size + num_queries)
-    num_layers, size = 2, block_size * kernel_blocks
-    # Logical blocks, the last of them being filled by 0, 3 and 1 tokens.
-    held = [([0, 2, 5, 6], 0), ([0, 1, 9, 10], min(3, size - 1)), ([4, 7], min(1, size - 1))]
-    num_rows = len(held) * num_queries
-    num_ids = sum(len(blocks) for blocks, _ in held) + 1
-    queries = torch.randn(num_layers, num_rows, num_heads, head_size, generator=generator)
-    shape = (num_layers, num_ids * kernel_blocks, num_kv_heads, block_size, head_size)
-    keys = torch.randn(*shape[:4], 2 * head_size, generator=generator)[..., :head_size]
-    if transposed:  # the values alone: the CPU kernels have an order for each
-        values = torch.randn(*shape[:3], head_size, block_size, generator=generator)
-        values = values.transpose(3, 4)
-    else:
-        values = torch.randn(shape, generator=generator)
-    queries, keys, values = queries.to(dtype), keys.to(fp8 or dtype), values.to(fp8 or dtype)
-    logit_scales = value_scales = None
-    if fp8:
-        logit_scales, value_scales = torch.rand(
-            2, num_layers, num_kv_heads, generator=generator
-        ).mul_(2)
-    of_tokens: tuple[torch.Tensor, ...] = ()
-    if token_scales:
-        logit_scales = value_scales = None
-        of_tokens = random_scales(keys, generator), random_scales(values, generator)
-    block_ids = torch.randperm(num_ids, generator=generator)[: num_ids - 1]
-    requests = torch.tensor([i for i, (blocks, _) in enumerate(held) for _ in blocks])
-    indices = torch.tensor([block for blocks, _ in held for block in blocks])
-    num_tokens = [
-        (blocks[-1] + 1) * size if not filled else blocks[-1] * size + filled
-        for blocks, filled in held
-    ]
-    for last, num in zip(requests.bincount().cumsum(0) - 1, num_tokens, strict=True):
-        for empty in range(num % size or size, size):
-            of_part = int(block_ids[last]) * kernel_blocks + empty // block_size
-            for tensor in (keys, values):
-                tensor[:, of_part, :, empty % block_size] = float("nan")
-    windows = torch.randperm(num_rows, generator=generator).view(len(held), num_queries)
-    cached = CachedBlocks(
-        queries,
-        windows,
-        torch.tensor(num_tokens),
-        keys,
-        kernel_blocks,
-        block_ids,
-        requests,
-        indices * size,
-        head_size**-0.5,
-        values,
-        logit_scales,
-        value_scales,
-        *of_tokens,
-    )
-    attention = cached_attention(cached, heads)
-    contribution = cached_contribution(cached, heads)
-    assert attention is not None
-    assert contribution is not None
-    for i, num in enumerate(num_tokens):
-        mine = requests == i
-        kernel_ids = block_ids[mine].unsqueeze(1) * kernel_blocks + torch.arange(kernel_blocks)
-        meant = [keys.float(), values.float()]
-        for of, by in zip(meant, of_tokens):  # noqa: B905  (none: no scales)
-            of *= by.unsqueeze(4)
-        gathered, read = (
-            of[:, kernel_ids].transpose(2, 3).flatten(3, 4).nan_to_num()
-            * (1 if scales is None else scales[:, None, :, None, None])
-            for of, scales in zip(meant, (logit_scales, value_scales), strict=True)
-        )
-        weights = BlockView(
-            queries[:, windows[i]].float(),
-            gathered,
-            pytest.fail,
-            indices[mine],
-            num,
-            head_size**-0.5,
-        ).attention()
-        norms = read.norm(dim=4).transpose(1, 2).repeat_interleave(num_heads // num_kv_heads, 1)
-        # Both sum in float32: a logit's error is relative to what attention multiplies with.
-        for scores, by_token in (
-            (attention, weights),
-            (contribution, weights * norms.unsqueeze(2)),
-        ):
-            expected = over_heads(by_token.sum(4).mean(2), 1, heads)
-            torch.testing.assert_close(scores[:, mine], expected, rtol=2**-16, atol=2**-20)
 
 
 @pytest.mark.parametrize("head_size", [32, 64, 80, 128])
@@ -279,4 +164,4 @@ def test_attention_of_the_highest_head() -> None:
 
 
 def test_values_in_an_order_of_their_own() -> None:
-    attention_both(kernel_blocks=2, transposed=True)
+    attention_both(kernel_blocks=2, layout="values by channel")

@@ -37,11 +37,10 @@ def test_the_last_queries_of_each_request_are_kept_where_they_are_wanted(
         end = int(ends[i])
         shown = windows.window(names[i], end, num_queries)
         assert len(shown) == min(num_queries, end)
-        assert windows.window(names[i], end, 1).tolist() == shown[-1:].tolist()
-        assert shown[-1] == windows.window(names[i], end, 1)[0]
+        assert windows.window(names[i], end, 1) == shown[-1:]
         in_step = min(new, num_queries)
         expected = list(range(int(starts[i + 1]) - in_step, int(starts[i + 1])))
-        assert [kept[row] for row in shown[-in_step:].tolist()] == expected
+        assert [kept[row] for row in shown[-in_step:]] == expected
 
 
 def test_rings_are_used_again() -> None:
@@ -73,5 +72,5 @@ def test_guesses_take_no_place_that_is_looked_at(num_guesses: int, steps_in_flig
             starts, ends = np.array([0, last - first]), np.array([last])
             for source, row in windows.place({"a"}, ["a"], starts, ends).tolist():
                 kept[row] = first + source
-        shown = [kept[row] for row in windows.window("a", end, num_queries).tolist()]
+        shown = [kept[row] for row in windows.window("a", end, num_queries)]
         assert shown == list(range(end - num_queries, end))

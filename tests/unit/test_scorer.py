@@ -19,6 +19,7 @@ from vllm_semantic.engine.query_windows import QueryWindows
 from vllm_semantic.engine.scorer import BlockScorer, ScoredLayers
 from vllm_semantic.messages import BlockCopy, HostCopies, ScoreRequest
 from vllm_semantic.ops.cached_blocks import CachedBlocks
+from vllm_semantic.ops.queries import keeper
 from vllm_semantic.policies import BlockView, SemanticPolicy
 from vllm_semantic.policies.tova import TOVAPolicy
 
@@ -190,7 +191,7 @@ class FusedPolicy(TOVAPolicy):
     """With a kernel, of torch, that runs anywhere."""
 
     def score_cached(self, cached: CachedBlocks) -> torch.Tensor | None:
-        return torch.full((len(cached.keys), len(cached.block_ids)), 7.0)
+        return torch.full((len(cached.layers.keys), len(cached.block_ids)), 7.0)
 
 
 class Constant:
@@ -280,7 +281,8 @@ def test_the_newest_queries_of_each_request_are_kept(dtype: torch.dtype) -> None
     layers = random_layers(3)
     layers.queries.fill_(7.0)
     impl = CapturingAttention()
-    buffer = impl.newest_queries = layers.queries[1].to(dtype)
+    buffer = layers.queries[1].to(dtype)
+    impl.keep_queries = keeper(buffer)
     query = torch.randn(9, 4, HEAD_SIZE).to(dtype)
     # What lies behind the first four was kept in an earlier step.
     kept = torch.tensor([[4, 0], [0, 3], [4, 1], [5, 2], [8, 12], [1, 5]])

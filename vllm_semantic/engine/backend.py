@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ..config import WRAPPED_BACKENDS
-from ..ops.queries import keep_queries
+from ..ops.queries import Keep
 from .cached_kv import token_scales
 from .held_blocks import HeldRows
 from .host_reads import HostRead, Staging, plan_read
@@ -65,7 +65,7 @@ class StepBuffers:
         self.seq_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         num_rows = 0 if windows is None else windows.num_rows
         self.query_places = torch.zeros(1 + num_rows, 2, dtype=torch.int64, device=device)
-        """See :func:`~..ops.queries.keep_queries`."""
+        """See :data:`~..ops.queries.Keep`."""
         self.num_kept = 0
         """What :attr:`query_places` says on the device."""
 
@@ -155,7 +155,7 @@ class CompactingBuilder:
         Returns:
             The backend's own metadata with two attributes more: ``query_places``,
             ``[1 + n, 2]`` int64, which queries to keep and where (see
-            :func:`~..ops.queries.keep_queries`), ``None`` for none; and ``host_reads``, a
+            :data:`~..ops.queries.Keep`), ``None`` for none; and ``host_reads``, a
             :class:`~.host_reads.HostRead` for each row that reads host memory.
         """
         common, query_places = common_attn_metadata, None
@@ -251,10 +251,9 @@ class CompactingBuilder:
 class CapturingImpl:
     """Mixin before an ``AttentionImpl``: keeps the newest queries of each request."""
 
-    newest_queries: torch.Tensor | None = None
-    """``[num_rows, num_heads, head_size]`` of the layer's dtype, after RoPE, see
-    :class:`QueryWindows`. Written by the worker once the KV cache exists; ``None`` for layers
-    not scored."""
+    keep_queries: Keep | None = None
+    """Keeps queries of the layer, after RoPE, in the rows of :class:`QueryWindows`. Written by the
+    worker once the KV cache exists; ``None`` for layers not scored."""
 
     host_kv: torch.Tensor | None = None
     """``[num_kernel_slots, ...]`` like the layer's cache: its evicted blocks in host memory.
@@ -293,10 +292,10 @@ class CapturingImpl:
         Returns:
             What the backend returns.
         """
-        if self.newest_queries is not None and attn_metadata is not None:
+        if self.keep_queries is not None and attn_metadata is not None:
             places = attn_metadata.query_places
             if places is not None:
-                keep_queries(self.newest_queries, query, places)
+                self.keep_queries(query, places)
         attend = super().forward  # type: ignore[misc]
         attended: torch.Tensor = attend(
             layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs

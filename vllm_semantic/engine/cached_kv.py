@@ -82,6 +82,11 @@ class CachedKV:
     """``None``: elements are what they say."""
 
     @property
+    def block_size(self) -> int:
+        """Tokens of a block of the block manager."""
+        return self.kernel_blocks * self.kv_cache.shape[3]
+
+    @property
     def block_numel(self) -> int:
         """Elements of the keys of one block of the block manager, in one layer."""
         return self.kernel_blocks * self.kv_cache[0, 0].numel() // 2
@@ -104,6 +109,18 @@ class CachedKV:
     def values(self) -> torch.Tensor | None:
         """All values, as :attr:`keys`."""
         return self._view(1)
+
+    @cached_property
+    def pairs(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """All keys and all values as words of two bf16 each, as AMX takes them, ``[num_layers,
+        num_kernel_blocks, num_kv_heads, kernel_block_size * head_size / 2]`` int32; ``None`` where
+        they are not kept so."""
+        if self.packing != amx_packing(self.kv_cache.shape[3], self.head_size):
+            return None
+        if self.kv_cache.dtype != torch.bfloat16:
+            return None
+        keys, values = (self._packed(which).view(torch.int32) for which in (0, 1))
+        return keys, values
 
     @cached_property
     def key_scales(self) -> torch.Tensor | None:
@@ -288,6 +305,14 @@ def cpu_packing(
             "that --kv-policy cannot read"
         )
     return Packing(keys, values)
+
+
+def amx_packing(block_size: int, head_size: int) -> Packing:
+    """How vLLM's CPU kernels for AMX keep two-byte elements (csrc/cpu/cpu_attn_amx.hpp)."""
+    return Packing(
+        (Loop(block_size // 16, 16, 0), Loop(head_size // 2, 0, 2), Loop(16, 1, 0), Loop(2, 0, 1)),
+        (Loop(head_size // 16, 0, 16), Loop(block_size // 2, 2, 0), Loop(16, 0, 1), Loop(2, 1, 0)),
+    )
 
 
 def _loops(order: list[int], head_size: int) -> tuple[Loop, ...] | None:

@@ -77,13 +77,17 @@ class HeldBlocks:
             self._columns[row] = self._columns[0]
         columns = self._columns[row]
         gone = of_kernel(block_indices, self.kernel_blocks)
-        places = np.searchsorted(columns, gone)
-        assert np.array_equal(columns[places], gone), "evicted, but not held"
-        behind = columns[-1] + 1 + np.arange(gone.size)
-        self._columns[row] = np.append(np.delete(columns, places), behind)
+        places = columns.searchsorted(gone)
+        assert (columns[places] == gone).all(), "evicted, but not held"
+        held = np.ones(columns.size, np.bool_)
+        held[places] = False
+        num_held, end = columns.size - gone.size, columns[-1] + 1
+        columns[:num_held] = columns[held]
+        columns[num_held:] = np.arange(end, end + gone.size)
         if row in self._recalling:
-            block_ids = np.delete(self._block_ids[row], places)
-            self._block_ids[row] = np.append(block_ids, np.zeros_like(gone))
+            block_ids = self._block_ids[row]
+            block_ids[:num_held] = block_ids[held]
+            block_ids[num_held:] = 0
         self._evicted_tokens[row] += len(block_indices) * self.block_size
 
     def recall(self, request_id: str, blocks: Mapping[int, int]) -> None:
@@ -145,4 +149,6 @@ def of_kernel(blocks: Sequence[int], kernel_blocks: int) -> np.ndarray:
         blocks: of the manager.
         kernel_blocks: kernel blocks in each.
     """
+    if kernel_blocks == 1:
+        return np.array(blocks, np.int64)
     return np.add.outer(np.multiply(blocks, kernel_blocks), np.arange(kernel_blocks)).flatten()

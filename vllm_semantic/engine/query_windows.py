@@ -72,10 +72,12 @@ class QueryWindows:
         rows = np.repeat(rings, kept) * self.num_queries + tokens % self.num_queries
         return np.column_stack([sources, rows])
 
-    def window(self, request_id: str, num_tokens: int, num_queries: int) -> np.ndarray:
+    def window(self, request_id: str, num_tokens: int, num_queries: int) -> list[int]:
         """The rows of the last queries before ``num_tokens``, the newest last."""
-        tokens = np.arange(max(0, num_tokens - num_queries), num_tokens)
-        return self._ring(request_id) * self.num_queries + tokens % self.num_queries
+        size = self.num_queries
+        first_row = self._ring(request_id) * size
+        tokens = range(max(0, num_tokens - num_queries), num_tokens)
+        return [first_row + token % size for token in tokens]
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Free the rings of requests that are gone or were preempted."""

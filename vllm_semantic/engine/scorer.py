@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import groupby
+from functools import cached_property, partial
+from itertools import chain, groupby
 from typing import TypeVar
 
+import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from ..messages import BlockScores, ScoreRequest
-from ..ops.cached_blocks import CachedBlocks
+from ..ops.cached_blocks import CachedBlocks, CachedLayers
 from ..ops.platform import runs_triton, threads_for
 from ..ops.scoring import Reduction
 from ..policies import BlockView, KVPolicy
@@ -54,6 +55,33 @@ class ScoredLayers:
     multiplied with, where vLLM quantises queries too."""
     host: CachedKV | None = None
     """Their evicted blocks in host memory, if any can be recalled; see :class:`HostBlocks`."""
+
+    @cached_property
+    def in_place(self) -> CachedLayers | None:
+        """What kernels read; ``None`` where no view shows the keys."""
+        cache = self.cache
+        if cache.pairs is not None:
+            keys, values = cache.pairs
+            return CachedLayers(
+                self.queries, keys, cache.kernel_blocks, self.scale, values, in_pairs=True
+            )
+        if cache.keys is None:
+            return None
+        logit_scales, value_scales = self.query_scales, None
+        if cache.quantized is not None and cache.quantized.keys is not None:
+            value_scales, of_keys = cache.quantized.values, cache.quantized.keys
+            logit_scales = of_keys if logit_scales is None else of_keys * logit_scales
+        return CachedLayers(
+            self.queries,
+            cache.keys,
+            cache.kernel_blocks,
+            self.scale,
+            cache.values,
+            logit_scales,
+            value_scales,
+            cache.key_scales,
+            cache.value_scales,
+        )
 
 
 def scratch_bytes(
@@ -160,8 +188,6 @@ class BlockScorer:
         self.host = host
         self.failed: set[str] = set()
         """Requests whose scoring has failed, and was logged."""
-        self._no_kernel: set[type[KVPolicy]] = set()
-        """Policies whose kernels do not run here."""
 
     def __call__(
         self,
@@ -210,7 +236,7 @@ class BlockScorer:
             for request_id, request in requests.items():
                 of_request = partial(self._score_request, group, request_id, request)
                 scores.append(self._attempt(of_request, group, {request_id: request}))
-        of_layers = self.over_ranks(torch.cat(scores, dim=1), highest_rank)
+        of_layers = self.over_ranks(_joined(scores, 1), highest_rank)
         means = of_layers.mean(0)
         if not any(highest_layer):
             return means
@@ -246,56 +272,50 @@ class BlockScorer:
     def _score_cached(
         self, policy: KVPolicy, group: Sequence[ScoredLayers], asked: Mapping[str, ScoreRequest]
     ) -> torch.Tensor | None:
-        """All requests by the policy's kernel, if it has one: a row for each layer."""
-        if not has_kernel(policy) or type(policy) in self._no_kernel:
+        """All requests by the policy's kernel, if it has one for them: a row for each layer."""
+        if not has_kernel(policy) or any(layers.in_place is None for layers in group):
             return None
         if any(request.recallable for request in asked.values()):
             return None  # kernels read the cache alone
-        places: list[list[int]] = [[], [], []]
-        windows, full = [], []
+        block_size = group[0].cache.block_size
+        ids: list[int] = []
+        rows: list[int] = []  # of each block's request
+        firsts: list[int] = []  # tokens
+        windows: list[int] = []
+        full: list[int] = []
         for i, (request_id, request) in enumerate(asked.items()):
-            window = self._window(request_id, request)
-            windows.append([*window, request.num_tokens])
-            first, num_full = len(places[0]), len(request.block_indices)
-            full += range(first, first + num_full)
-            places[0] += request.block_ids
-            places[1] += [i] * len(request.block_ids)
-            places[2] += request.held_indices
+            full += range(len(ids), len(ids) + len(request.block_indices))
+            ids += request.block_ids
+            rows += [i] * len(request.block_ids)
+            firsts += [index * block_size for index in request.held_indices]
+            windows += self._window(request_id, request)
+        num_tokens = [request.num_tokens for request in asked.values()]
         device = group[0].queries.device
-        block_ids, requests, indices = async_tensor_h2d(places, device, torch.int64)
-        rows = async_tensor_h2d(windows, device, torch.int64)
+        block_ids, requests, first_positions, window_rows, ends = _on_device(
+            (ids, rows, firsts, windows, num_tokens), device
+        )
 
         def num_logits(layers: ScoredLayers) -> int:
             return len(block_ids) * layers.queries.shape[2] * policy.num_queries
 
         scores = []
         for layers in _some_at_once(group, num_logits, MAX_LOGITS):
-            keys = layers.cache.keys
-            if keys is None:
-                return None
-            size = layers.cache.kernel_blocks * keys.shape[3]
+            assert layers.in_place is not None
             cached = CachedBlocks(
-                layers.queries,
-                rows[:, :-1].contiguous(),
-                rows[:, -1].contiguous(),
-                keys,
-                layers.cache.kernel_blocks,
+                layers.in_place,
+                window_rows.view(len(asked), -1),
+                ends,
                 block_ids,
                 requests,
-                indices * size,
-                layers.scale,
-                layers.cache.values,
-                *_scales(layers),
-                layers.cache.key_scales,
-                layers.cache.value_scales,
+                first_positions,
             )
             of_layers = policy.score_cached(cached)
             if of_layers is None:
-                self._no_kernel.add(type(policy))
                 return None
-            scores.append(checked_scores(of_layers, len(keys), len(block_ids), device))
-        of_all = torch.cat(scores)
-        if len(full) == len(block_ids):
+            num_layers = len(layers.queries)
+            scores.append(checked_scores(of_layers, num_layers, len(block_ids), device))
+        of_all = _joined(scores, 0)
+        if len(full) == len(ids):
             return of_all
         return of_all.index_select(1, async_tensor_h2d(full, device, torch.int64))
 
@@ -304,10 +324,9 @@ class BlockScorer:
     ) -> torch.Tensor:
         """One request by its policy's score: a row for each layer."""
         device = group[0].queries.device
-        block_indices, block_ids = async_tensor_h2d(
-            [request.held_indices, request.block_ids], device, torch.int64
+        block_indices, block_ids, rows = _on_device(
+            (request.held_indices, request.block_ids, self._window(request_id, request)), device
         )
-        rows = async_tensor_h2d(self._window(request_id, request), device, torch.int64)
         slots = list(request.recallable.values())
         if slots:  # put in order, the block being filled last
             recallable = async_tensor_h2d(list(request.recallable), device, torch.int64)
@@ -340,12 +359,25 @@ class BlockScorer:
                 )
                 of_layers = request.policy.score(view)
             scores.append(checked_scores(of_layers, num_layers, view.num_full_blocks, device))
-        return torch.cat(scores)
+        return _joined(scores, 0)
 
     def _window(self, request_id: str, request: ScoreRequest) -> list[int]:
         """The rows of the queries that the request's policy looks at."""
         num_queries = request.policy.num_queries
-        return self.windows.window(request_id, request.num_tokens, num_queries).tolist()
+        return self.windows.window(request_id, request.num_tokens, num_queries)
+
+
+def _on_device(numbers: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """A tensor, int64, of each of some lists, in one copy."""
+    together = async_tensor_h2d(
+        np.array([*chain.from_iterable(numbers)], np.int64), device, torch.int64
+    )
+    return together.split([len(of) for of in numbers])
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """``torch.cat``, which would copy a part that is alone."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _some_at_once(
@@ -373,14 +405,6 @@ def _some_at_once(
                 query_scales=None if layers.query_scales is None else layers.query_scales[part],
                 host=host and host.layers(part),
             )
-
-
-def _scales(layers: ScoredLayers) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What kernels multiply the logits, and the values, of each KV head with."""
-    cache, query_scales = layers.cache.quantized, layers.query_scales
-    if cache is None or cache.keys is None:
-        return query_scales, None
-    return cache.keys if query_scales is None else cache.keys * query_scales, cache.values
 
 
 def _both(

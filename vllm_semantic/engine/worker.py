@@ -30,6 +30,7 @@ from ..messages import (
     attach_scoring_seconds,
     step_of,
 )
+from ..ops.queries import keeper
 from ..policies.trial import num_judged_blocks
 from ..served import CONFIG_KEY, ServedPolicies
 from ..upstream.backends import wrapped_attention_backends
@@ -446,7 +447,7 @@ class KVPolicyWorkerMixin(Worker):
         for layer, buffer in zip(layers, buffers, strict=True):
             if not isinstance(layer.impl, CapturingImpl):
                 raise RuntimeError(f"--kv-policy: {type(layer.impl).__name__} is not wrapped")
-            layer.impl.newest_queries = buffer
+            layer.impl.keep_queries = keeper(buffer)
         return scored
 
     def _packing(self, layer: Attention) -> Packing | None:

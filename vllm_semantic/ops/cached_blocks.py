@@ -5,18 +5,12 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(frozen=True)
-class CachedBlocks:
-    """What a kernel needs to score blocks in place, in attention layers of one shape."""
+@dataclass(frozen=True, eq=False)
+class CachedLayers:
+    """Attention layers of one shape, and their whole cache."""
 
     queries: torch.Tensor
     """``[num_layers, num_rows, num_heads, head_size]`` of the model's dtype, after RoPE."""
-
-    windows: torch.Tensor
-    """``[num_reqs, num_queries]`` int64, rows of each request's newest queries, the newest last."""
-
-    num_tokens: torch.Tensor
-    """``[num_reqs]`` int64, tokens computed of each request."""
 
     keys: torch.Tensor
     """``[num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size, head_size]``, a view of
@@ -24,15 +18,6 @@ class CachedBlocks:
 
     kernel_blocks: int
     """Block ``b`` is this many kernel blocks in a row, from ``b * kernel_blocks``."""
-
-    block_ids: torch.Tensor
-    """``[num_blocks]`` int64, those of a request one behind the other."""
-
-    requests: torch.Tensor
-    """``[num_blocks]`` int64, the row of each block's request in :attr:`windows`."""
-
-    first_positions: torch.Tensor
-    """``[num_blocks]`` int64, the place of a block's first token in its sequence."""
 
     scale: float
     """What attention multiplies a dot product with."""
@@ -53,3 +38,31 @@ class CachedBlocks:
 
     value_token_scales: torch.Tensor | None = None
     """The same of :attr:`values`, with the same strides."""
+
+    in_pairs: bool = False
+    """Whether :attr:`keys` and :attr:`values` are words of two bf16 each, as AMX takes them:
+    ``[num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size * head_size / 2]`` int32,
+    see ``ops.kernels.cpu_scoring``."""
+
+
+@dataclass(frozen=True)
+class CachedBlocks:
+    """What a kernel needs to score blocks in place, of requests in their order."""
+
+    layers: CachedLayers
+    """What the blocks lie in."""
+
+    windows: torch.Tensor
+    """``[num_reqs, num_queries]`` int64, rows of each request's newest queries, the newest last."""
+
+    num_tokens: torch.Tensor
+    """``[num_reqs]`` int64, tokens computed of each request."""
+
+    block_ids: torch.Tensor
+    """``[num_blocks]`` int64, those of a request one behind the other."""
+
+    requests: torch.Tensor
+    """``[num_blocks]`` int64, the row of each block's request in :attr:`windows`."""
+
+    first_positions: torch.Tensor
+    """``[num_blocks]`` int64, the place of a block's first token in its sequence."""

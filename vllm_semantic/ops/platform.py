@@ -10,11 +10,24 @@ SERIAL_NUMEL = 1 << 20
 """Elements below which threads cost more than they save: an operation on so many takes well under
 a millisecond, and the threads of a busy machine meet no sooner than that."""
 
+COMPILED_THREADS = 2
+"""Threads on which torch's operations take as long as a kernel of ours does on one."""
+
 
 def runs_triton(device: torch.device) -> bool:
     """Whether operations on tensors of ``device`` go to a Triton kernel: on a GPU, or anywhere
     under Triton's interpreter."""
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def compiled_is_faster(numel: int) -> bool:
+    """Whether a kernel that is compiled for the CPU, on the calling thread alone, is faster than
+    torch's operations on as many threads as they would take.
+
+    Args:
+        numel: elements of the largest tensor that these would read.
+    """
+    return numel < SERIAL_NUMEL or torch.get_num_threads() <= COMPILED_THREADS
 
 
 @contextmanager

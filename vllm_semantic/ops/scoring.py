@@ -45,7 +45,7 @@ def cached_mean_key_cosine(cached: CachedBlocks) -> torch.Tensor | None:
     Returns:
         ``[num_layers, num_blocks]`` fp32, or ``None`` where no Triton kernel runs.
     """
-    if not runs_triton(cached.keys.device):
+    if not _has_triton(cached):
         return None
     from .kernels import scoring
 
@@ -64,10 +64,12 @@ def cached_attention(cached: CachedBlocks, heads: Reduction = "mean") -> torch.T
 
     Returns:
         ``[num_layers, num_blocks]`` fp32, the mean over queries; the means over heads of a
-        request add up to 1. ``None`` where no Triton kernel runs.
+        request add up to 1. ``None`` where no kernel reads the cache.
     """
-    if not runs_triton(cached.keys.device):
-        return None
+    if not _has_triton(cached):
+        from .kernels import cpu_scoring
+
+        return cpu_scoring.block_scores(cached, heads == "max", weighs_values=False)
     from .kernels import scoring
 
     logsumexp, _ = scoring.block_logsumexp(cached)
@@ -87,16 +89,25 @@ def cached_contribution(cached: CachedBlocks, heads: Reduction = "mean") -> torc
         heads: the mean over the heads, or the highest.
 
     Returns:
-        ``[num_layers, num_blocks]`` fp32, the mean over queries; ``None`` where no Triton kernel
-        runs or no view shows the values.
+        ``[num_layers, num_blocks]`` fp32, the mean over queries; ``None`` where no kernel reads
+        the cache.
     """
-    if not runs_triton(cached.keys.device) or cached.values is None:
+    if cached.layers.values is None:
         return None
+    if not _has_triton(cached):
+        from .kernels import cpu_scoring
+
+        return cpu_scoring.block_scores(cached, heads == "max", weighs_values=True)
     from .kernels import scoring
 
-    logsumexp, norms = scoring.block_logsumexp(cached, cached.values)
+    logsumexp, norms = scoring.block_logsumexp(cached, cached.layers.values)
     received = shares(logsumexp, cached.requests, len(cached.windows))
     return over_heads(received.mul_(norms).mean(3), 2, heads)
+
+
+def _has_triton(cached: CachedBlocks) -> bool:
+    """Whether a Triton kernel reads the cache."""
+    return runs_triton(cached.layers.keys.device) and not cached.layers.in_pairs
 
 
 def shares(logsumexp: torch.Tensor, requests: torch.Tensor, num_reqs: int) -> torch.Tensor:

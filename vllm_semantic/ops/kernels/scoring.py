@@ -88,22 +88,23 @@ def mean_key_cosine_kernel(
 
 def mean_key_cosine(cached: CachedBlocks) -> torch.Tensor:
     """Score blocks in the cache itself: see ``ops.scoring.cached_mean_key_cosine``."""
-    num_layers, _, num_heads, head_size = cached.queries.shape
-    num_kv_heads, block_size = cached.keys.shape[2:4]
+    layers = cached.layers
+    num_layers, _, num_heads, head_size = layers.queries.shape
+    num_kv_heads, block_size = layers.keys.shape[2:4]
     num_blocks = len(cached.block_ids)
-    out = torch.empty(num_layers, num_blocks, dtype=torch.float32, device=cached.queries.device)
+    out = torch.empty(num_layers, num_blocks, dtype=torch.float32, device=layers.queries.device)
     if num_blocks == 0:
         return out
-    scales = cached.key_token_scales
+    scales = layers.key_token_scales
     mean_key_cosine_kernel[(num_blocks, num_layers)](
         out,
-        cached.queries,
+        layers.queries,
         cached.windows[cached.requests, -1],
-        cached.keys,
+        layers.keys,
         cached.windows if scales is None else scales,
         cached.block_ids,
-        *cached.queries.stride()[:3],
-        *cached.keys.stride(),
+        *layers.queries.stride()[:3],
+        *layers.keys.stride(),
         *_strides(scales),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=num_heads // num_kv_heads,
@@ -111,7 +112,7 @@ def mean_key_cosine(cached: CachedBlocks) -> torch.Tensor:
         PADDED_HEAD_SIZE=triton.next_power_of_2(head_size),
         BLOCK_SIZE=block_size,
         PADDED_BLOCK_SIZE=triton.next_power_of_2(block_size),
-        KERNEL_BLOCKS=cached.kernel_blocks,
+        KERNEL_BLOCKS=layers.kernel_blocks,
         TOKEN_SCALES=scales is not None,
         EPSILON=EPSILON,
     )
@@ -265,41 +266,42 @@ def block_logsumexp(
 
     Args:
         cached: blocks.
-        values: as ``cached.keys``; ``None`` leaves the second answer unwritten.
+        values: as the keys of the layers; ``None`` leaves the second answer unwritten.
 
     Returns:
         Twice ``[num_layers, num_blocks, num_heads, num_queries]`` fp32: see ``ops.scoring``, and
         the mean norm of a block's values under the exponentials of its logits.
     """
-    num_layers, _, num_heads, head_size = cached.queries.shape
-    num_kv_heads, block_size = cached.keys.shape[2:4]
+    layers = cached.layers
+    num_layers, _, num_heads, head_size = layers.queries.shape
+    num_kv_heads, block_size = layers.keys.shape[2:4]
     num_queries = cached.windows.shape[1]
     num_blocks = len(cached.block_ids)
     shape = (num_layers, num_blocks, num_heads, num_queries)
-    out = torch.empty(shape, dtype=torch.float32, device=cached.queries.device)
+    out = torch.empty(shape, dtype=torch.float32, device=layers.queries.device)
     norms = out if values is None else torch.empty_like(out)
     if num_blocks == 0:
         return out, norms
     group = num_heads // num_kv_heads
-    read = cached.keys if values is None else values
-    key_scales, value_scales = cached.key_token_scales, cached.value_token_scales
+    read = layers.keys if values is None else values
+    key_scales, value_scales = layers.key_token_scales, layers.value_token_scales
     block_logsumexp_kernel[(num_blocks, num_layers)](
         out,
         norms,
-        cached.queries,
+        layers.queries,
         cached.windows,
         cached.num_tokens,
-        cached.keys,
+        layers.keys,
         read,
         cached.windows if key_scales is None else key_scales,
         cached.windows if value_scales is None else value_scales,
         cached.block_ids,
         cached.requests,
         cached.first_positions,
-        cached.num_tokens if cached.logit_scales is None else cached.logit_scales,
-        cached.scale,
-        *cached.queries.stride()[:3],
-        *cached.keys.stride(),
+        cached.num_tokens if layers.logit_scales is None else layers.logit_scales,
+        layers.scale,
+        *layers.queries.stride()[:3],
+        *layers.keys.stride(),
         *read.stride(),
         *_strides(key_scales),
         NUM_QUERIES=num_queries,
@@ -310,11 +312,11 @@ def block_logsumexp(
         PADDED_HEAD_SIZE=max(16, triton.next_power_of_2(head_size)),
         BLOCK_SIZE=block_size,
         PADDED_BLOCK_SIZE=max(16, triton.next_power_of_2(block_size)),
-        KERNEL_BLOCKS=cached.kernel_blocks,
+        KERNEL_BLOCKS=layers.kernel_blocks,
         VALUES=values is not None,
-        SCALED=cached.logit_scales is not None,
+        SCALED=layers.logit_scales is not None,
         TOKEN_SCALES=key_scales is not None,
     )
-    if values is not None and cached.value_scales is not None:
-        norms *= cached.value_scales.repeat_interleave(group, 1)[:, None, :, None]
+    if values is not None and layers.value_scales is not None:
+        norms *= layers.value_scales.repeat_interleave(group, 1)[:, None, :, None]
     return out, norms
