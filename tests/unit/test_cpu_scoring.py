@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 
 import llvmlite.binding
@@ -165,6 +166,15 @@ def test_vllm_may_look_at_what_numba_has_brought() -> None:
     library = llvmlite.binding.ffi.lib
     assert not hasattr(library, "__dict__")
     assert callable(library.LLVMPY_GetVersionInfo)
+
+
+@pytest.mark.cpu_build("its attention kernels write the cache")
+def test_torch_scores_where_there_is_no_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = torch.zeros(1, dtype=torch.int64)
+    blocks = in_place(scored(cached("vec")), torch.arange(8), one, one, BLOCK_SIZE)
+    assert SemanticPolicy().score_cached(blocks) is not None
+    monkeypatch.setitem(sys.modules, cpu_scoring.__name__, None)
+    assert SemanticPolicy().score_cached(blocks) is None
 
 
 def test_kernels_compile_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,9 +67,7 @@ def cached_attention(cached: CachedBlocks, heads: Reduction = "mean") -> torch.T
         request add up to 1. ``None`` where no kernel reads the cache.
     """
     if not _has_triton(cached):
-        from .kernels import cpu_scoring
-
-        return cpu_scoring.block_scores(cached, heads == "max", weighs_values=False)
+        return _by_cpu(cached, heads, weighs_values=False)
     from .kernels import scoring
 
     logsumexp, _ = scoring.block_logsumexp(cached)
@@ -95,9 +93,7 @@ def cached_contribution(cached: CachedBlocks, heads: Reduction = "mean") -> torc
     if cached.layers.values is None:
         return None
     if not _has_triton(cached):
-        from .kernels import cpu_scoring
-
-        return cpu_scoring.block_scores(cached, heads == "max", weighs_values=True)
+        return _by_cpu(cached, heads, weighs_values=True)
     from .kernels import scoring
 
     logsumexp, norms = scoring.block_logsumexp(cached, cached.layers.values)
@@ -108,6 +104,17 @@ def cached_contribution(cached: CachedBlocks, heads: Reduction = "mean") -> torc
 def _has_triton(cached: CachedBlocks) -> bool:
     """Whether a Triton kernel reads the cache."""
     return runs_triton(cached.layers.keys.device) and not cached.layers.in_pairs
+
+
+def _by_cpu(cached: CachedBlocks, heads: Reduction, weighs_values: bool) -> torch.Tensor | None:
+    """What the kernel for CPUs says, if there is one for these blocks."""
+    if cached.layers.keys.device.type != "cpu":
+        return None
+    try:
+        from .kernels.cpu_scoring import block_scores
+    except ImportError:  # vLLM brings numba to x86 and Arm, not everywhere
+        return None
+    return block_scores(cached, heads == "max", weighs_values)
 
 
 def shares(logsumexp: torch.Tensor, requests: torch.Tensor, num_reqs: int) -> torch.Tensor:
