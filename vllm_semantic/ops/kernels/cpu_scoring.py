@@ -145,6 +145,17 @@ def _read_norms_as_kept(out, values):
     return in_words if values.dtype == numba.uint32 else in_rows
 
 
+@inlined
+def _four(row, first):
+    """Numbers of their own, which stay in registers; a row of an array would not."""
+    return row[first], row[first + 1], row[first + 2], row[first + 3]
+
+
+@inlined
+def _product(a, b):
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3]
+
+
 @compiled
 def _dot(out, first, queries, keys, num_tokens):
     """``out[:, first:first + num_tokens] = queries @ keys[:, :num_tokens]``, each key read once for
@@ -156,17 +167,14 @@ def _dot(out, first, queries, keys, num_tokens):
         for t in range(num_tokens):
             a[t] = b[t] = c[t] = d[t] = 0
         for j in range(0, len(keys), 4):
-            # Numbers of their own stay in registers; rows of a small array would not.
-            q, r = queries[i, j : j + 4], queries[i + 1, j : j + 4]
-            a0, a1, a2, a3, b0, b1, b2, b3 = q[0], q[1], q[2], q[3], r[0], r[1], r[2], r[3]
-            q, r = queries[i + 2, j : j + 4], queries[i + 3, j : j + 4]
-            c0, c1, c2, c3, d0, d1, d2, d3 = q[0], q[1], q[2], q[3], r[0], r[1], r[2], r[3]
+            qa, qb = _four(queries[i], j), _four(queries[i + 1], j)
+            qc, qd = _four(queries[i + 2], j), _four(queries[i + 3], j)
             for t in range(num_tokens):
-                k0, k1, k2, k3 = keys[j, t], keys[j + 1, t], keys[j + 2, t], keys[j + 3, t]
-                a[t] += a0 * k0 + a1 * k1 + a2 * k2 + a3 * k3
-                b[t] += b0 * k0 + b1 * k1 + b2 * k2 + b3 * k3
-                c[t] += c0 * k0 + c1 * k1 + c2 * k2 + c3 * k3
-                d[t] += d0 * k0 + d1 * k1 + d2 * k2 + d3 * k3
+                key = keys[j, t], keys[j + 1, t], keys[j + 2, t], keys[j + 3, t]
+                a[t] += _product(qa, key)
+                b[t] += _product(qb, key)
+                c[t] += _product(qc, key)
+                d[t] += _product(qd, key)
 
 
 @inlined
