@@ -66,3 +66,12 @@ def test_a_policy_that_fails_on_one_rank(llama: str) -> None:
     by_age = run(llama, 1, "streaming", {"sink_tokens": 8, "recent_tokens": 192})
     budget = {"sink_tokens": 8, "recent_tokens": 64, "selected_tokens": 128}
     assert run(llama, 2, "tests.faulty.OneRankFailsPolicy", budget, fails=True) == by_age
+
+
+def test_ranks_reduce_scores_that_are_a_part_of_a_tensor(llama: str) -> None:
+    """As SnapKV's are where a block is being filled, at the end of a prompt."""
+    options = {"sink_tokens": 8, "recent_tokens": 64, "selected_tokens": 128}
+    assert len(PROMPTS[0]["prompt_token_ids"]) % 32
+    alone = run(llama, 1, "snapkv", options)
+    assert alone[0][1]
+    assert run(llama, 2, "snapkv", options) == alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 import weakref
 
@@ -108,7 +109,8 @@ def test_what_the_kernels_of_vllm_write(isa: str, similarity: str) -> None:
     ids, indices = torch.tensor([5, 0, 3, 6]), torch.tensor([0, 2, 3, 4])
     num_tokens, window = 5 * BLOCK_SIZE - 5, torch.randperm(20)[:8]
     blocks = in_place(layers, window, ids, indices, num_tokens)
-    assert blocks.layers.in_pairs == (isa == "amx")
+    assert (blocks.layers.pairs is not None) == (isa == "amx")
+    assert (blocks.layers.keys is None) == (isa == "amx")
     view = BlockView(
         layers.queries[:, window].float(),
         kv.gather_keys(ids),
@@ -147,9 +149,10 @@ def test_every_number_of_16_bits(dtype: torch.dtype) -> None:
     numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
     widened = np.empty(len(numbers), np.float32)
     widen(widened, cpu_scoring._flat(numbers))
-    finite = numbers.isfinite()
-    assert finite.sum() > 60_000
-    assert torch.equal(torch.from_numpy(widened)[finite], numbers.float()[finite])
+    assert numbers.isfinite().sum() > 60_000
+    torch.testing.assert_close(
+        torch.from_numpy(widened), numbers.float(), rtol=0, atol=0, equal_nan=True
+    )
 
 
 def test_torch_scores_much_at_once_where_it_has_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,10 +171,69 @@ def test_vllm_may_look_at_what_numba_has_brought() -> None:
     assert callable(library.LLVMPY_GetVersionInfo)
 
 
+def one_block() -> CachedBlocks:
+    one = torch.zeros(1, dtype=torch.int64)
+    return in_place(scored(cached("vec")), torch.arange(8), one, one, BLOCK_SIZE)
+
+
+@pytest.mark.cpu_build("its attention kernels write the cache")
+def test_torch_scores_a_large_model_where_it_has_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert SemanticPolicy().score_cached(one_block()) is not None
+    monkeypatch.setattr(cpu_scoring, "compiled_is_faster", lambda numel: numel < 131_072)
+    assert NUM_LAYERS * NUM_KV_HEADS * HEAD_SIZE * cpu_scoring.USUAL_TOKENS == 131_072
+    assert SemanticPolicy().score_cached(one_block()) is None
+
+
+@pytest.mark.cpu_build("its attention kernels write the cache")
+def test_torch_scores_where_numba_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a file that it has kept is cut short."""
+
+    def kernel(*args: object) -> None:
+        raise EOFError("ran out of input")
+
+    monkeypatch.setattr(cpu_scoring, "_score_blocks", kernel)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    assert SemanticPolicy().score_cached(one_block()) is None
+    assert "does not compile" in caplog.text
+    assert "ran out of input" in caplog.text
+    monkeypatch.undo()
+    assert SemanticPolicy().score_cached(one_block()) is not None
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert SemanticPolicy().score_cached(one_block()) is None
+
+
+@pytest.mark.cpu_build("its attention kernels write the cache")
+def test_it_is_compiled_before_it_is_asked() -> None:
+    layers = scored(cached("vec")).in_place
+    assert layers is not None
+    assert cpu_scoring._find(layers)
+    compiled_for = list(cpu_scoring._score_blocks.signatures)
+    assert compiled_for
+    SemanticPolicy().score_cached(one_block())
+    assert cpu_scoring._score_blocks.signatures == compiled_for
+
+
+@pytest.mark.cpu_build("its attention kernels write the cache")
+def test_a_request_without_blocks_costs_no_other_its_scores() -> None:
+    blocks = one_block()
+    alone = SemanticPolicy().score_cached(blocks)
+    beside = CachedBlocks(
+        blocks.layers,
+        blocks.windows.repeat(3, 1),
+        blocks.num_tokens.repeat(3),
+        blocks.block_ids,
+        blocks.requests + 1,
+        blocks.first_positions,
+    )
+    assert alone is not None
+    assert torch.equal(SemanticPolicy().score_cached(beside), alone)
+
+
 @pytest.mark.cpu_build("its attention kernels write the cache")
 def test_torch_scores_where_there_is_no_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = torch.zeros(1, dtype=torch.int64)
-    blocks = in_place(scored(cached("vec")), torch.arange(8), one, one, BLOCK_SIZE)
+    blocks = one_block()
     assert SemanticPolicy().score_cached(blocks) is not None
     monkeypatch.setitem(sys.modules, cpu_scoring.__name__, None)
     assert SemanticPolicy().score_cached(blocks) is None

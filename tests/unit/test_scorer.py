@@ -222,6 +222,26 @@ def test_a_policy_with_a_score_of_its_own_is_asked_for_it() -> None:
         assert scorer(asked).collect() == {0: {"a": [answer] * 2}}, policy
 
 
+class WideFused(FusedPolicy):
+    num_queries = WINDOW
+
+
+def test_a_request_of_few_tokens_is_not_scored_with_the_windows_of_another() -> None:
+    scorer = BlockScorer({0: [random_layers(3)]}, windows())
+    asked = {
+        "a": ScoreRequest(WideFused(), BLOCK_SIZE, [0], [1]),
+        "b": ScoreRequest(WideFused(), 2 * BLOCK_SIZE, [0, 1], [2, 3]),
+    }
+    assert scorer({0: {"b": asked["b"]}}).collect() == {0: {"b": [7.0] * 2}}
+    alone = {
+        name: scorer({0: {name: request}}).collect()[0][name] for name, request in asked.items()
+    }
+    together = scorer({0: asked}).collect()[0]
+    assert together.keys() == alone.keys()
+    assert 7.0 not in together["a"] + together["b"]
+    assert not scorer.failed
+
+
 class KernelPolicy(TOVAPolicy):
     """With a kernel that fails."""
 

@@ -58,14 +58,9 @@ class ScoredLayers:
 
     @cached_property
     def in_place(self) -> CachedLayers | None:
-        """What kernels read; ``None`` where no view shows the keys."""
+        """What kernels read; ``None`` where keys are packed in tiles that none knows."""
         cache = self.cache
-        if cache.pairs is not None:
-            keys, values = cache.pairs
-            return CachedLayers(
-                self.queries, keys, cache.kernel_blocks, self.scale, values, in_pairs=True
-            )
-        if cache.keys is None:
+        if cache.keys is None and cache.pairs is None:
             return None
         logit_scales, value_scales = self.query_scales, None
         if cache.quantized is not None and cache.quantized.keys is not None:
@@ -81,6 +76,7 @@ class ScoredLayers:
             value_scales,
             cache.key_scales,
             cache.value_scales,
+            cache.pairs,
         )
 
 
@@ -188,6 +184,8 @@ class BlockScorer:
         self.host = host
         self.failed: set[str] = set()
         """Requests whose scoring has failed, and was logged."""
+        self._no_kernel: set[KVPolicy] = set()
+        """Policies that have no kernel for these layers."""
 
     def __call__(
         self,
@@ -272,11 +270,13 @@ class BlockScorer:
     def _score_cached(
         self, policy: KVPolicy, group: Sequence[ScoredLayers], asked: Mapping[str, ScoreRequest]
     ) -> torch.Tensor | None:
-        """All requests by the policy's kernel, if it has one for them: a row for each layer."""
-        if not has_kernel(policy) or any(layers.in_place is None for layers in group):
+        """All requests by the policy's kernel, if it has one: a row for each layer."""
+        if not has_kernel(policy) or policy in self._no_kernel:
             return None
         if any(request.recallable for request in asked.values()):
             return None  # kernels read the cache alone
+        if len({min(request.num_tokens, policy.num_queries) for request in asked.values()}) > 1:
+            return None  # one has fewer queries than it is asked for
         block_size = group[0].cache.block_size
         ids: list[int] = []
         rows: list[int] = []  # of each block's request
@@ -300,7 +300,9 @@ class BlockScorer:
 
         scores = []
         for layers in _some_at_once(group, num_logits, MAX_LOGITS):
-            assert layers.in_place is not None
+            if layers.in_place is None:
+                self._no_kernel.add(policy)
+                return None
             cached = CachedBlocks(
                 layers.in_place,
                 window_rows.view(len(asked), -1),
@@ -311,6 +313,7 @@ class BlockScorer:
             )
             of_layers = policy.score_cached(cached)
             if of_layers is None:
+                self._no_kernel.add(policy)
                 return None
             num_layers = len(layers.queries)
             scores.append(checked_scores(of_layers, num_layers, len(block_ids), device))

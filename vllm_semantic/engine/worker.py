@@ -299,8 +299,9 @@ class KVPolicyWorkerMixin(Worker):
         group = get_tp_group()
         if group.world_size == 1:
             return scores
-        of_rank = scores.clone()  # vLLM's may reduce in place
-        means = group.all_reduce(scores) / group.world_size
+        # Both may reduce in place, and what a policy returned may be a part of something else.
+        of_rank, summed = scores.contiguous().clone(), scores.contiguous().clone()
+        means = group.all_reduce(summed) / group.world_size
         if not any(highest):
             return means
         dist.all_reduce(of_rank, dist.ReduceOp.MAX, group.device_group)

@@ -12,9 +12,10 @@ class CachedLayers:
     queries: torch.Tensor
     """``[num_layers, num_rows, num_heads, head_size]`` of the model's dtype, after RoPE."""
 
-    keys: torch.Tensor
+    keys: torch.Tensor | None
     """``[num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size, head_size]``, a view of
-    the cache with any strides; bf16, fp16, fp32, int8 or an fp8 dtype."""
+    the cache with any strides; bf16, fp16, fp32, int8 or an fp8 dtype. ``None`` where no view shows
+    them, as with AMX: see :attr:`pairs`."""
 
     kernel_blocks: int
     """Block ``b`` is this many kernel blocks in a row, from ``b * kernel_blocks``."""
@@ -39,8 +40,8 @@ class CachedLayers:
     value_token_scales: torch.Tensor | None = None
     """The same of :attr:`values`, with the same strides."""
 
-    in_pairs: bool = False
-    """Whether :attr:`keys` and :attr:`values` are words of two bf16 each, as AMX takes them:
+    pairs: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Keys, and values, as words of two bf16 each, where they are kept as AMX takes them:
     ``[num_layers, num_kernel_blocks, num_kv_heads, kernel_block_size * head_size / 2]`` int32,
     see ``ops.kernels.cpu_scoring``."""
 

@@ -25,7 +25,8 @@ def compiled_is_faster(numel: int) -> bool:
     torch's operations on as many threads as they would take.
 
     Args:
-        numel: elements of the largest tensor that these would read.
+        numel: elements of the largest tensor that these would read, as a rule: what scores a
+            request must not depend on what else is in its batch.
     """
     return numel < SERIAL_NUMEL or torch.get_num_threads() <= COMPILED_THREADS
 

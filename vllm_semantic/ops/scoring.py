@@ -90,10 +90,10 @@ def cached_contribution(cached: CachedBlocks, heads: Reduction = "mean") -> torc
         ``[num_layers, num_blocks]`` fp32, the mean over queries; ``None`` where no kernel reads
         the cache.
     """
-    if cached.layers.values is None:
-        return None
     if not _has_triton(cached):
         return _by_cpu(cached, heads, weighs_values=True)
+    if cached.layers.values is None:
+        return None
     from .kernels import scoring
 
     logsumexp, norms = scoring.block_logsumexp(cached, cached.layers.values)
@@ -103,13 +103,11 @@ def cached_contribution(cached: CachedBlocks, heads: Reduction = "mean") -> torc
 
 def _has_triton(cached: CachedBlocks) -> bool:
     """Whether a Triton kernel reads the cache."""
-    return runs_triton(cached.layers.keys.device) and not cached.layers.in_pairs
+    return cached.layers.keys is not None and runs_triton(cached.layers.queries.device)
 
 
 def _by_cpu(cached: CachedBlocks, heads: Reduction, weighs_values: bool) -> torch.Tensor | None:
-    """What the kernel for CPUs says, if there is one for these blocks."""
-    if cached.layers.keys.device.type != "cpu":
-        return None
+    """What the kernel for CPUs says, if there is one."""
     try:
         from .kernels.cpu_scoring import block_scores
     except ImportError:  # vLLM brings numba to x86 and Arm, not everywhere

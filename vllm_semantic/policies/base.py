@@ -212,7 +212,7 @@ class KVPolicy(ABC):
 
         Returns:
             ``[num_layers, num_blocks]`` fp32, also for a block that is being filled; or
-            ``None``: there is no kernel for these, use :meth:`score`.
+            ``None``: there is no kernel for these layers, use :meth:`score` from now on.
         """
         return None
 

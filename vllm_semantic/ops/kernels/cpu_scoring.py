@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,20 +16,25 @@ from ..cached_blocks import CachedBlocks, CachedLayers
 from ..platform import compiled_is_faster
 from .compiled import compiled, inlined
 
+logger = logging.getLogger(f"vllm.{__name__}")
+
 ELEMENTS: dict[torch.dtype, type[np.generic]] = {
     torch.float32: np.float32,
     torch.bfloat16: np.uint16,
     torch.float16: np.int16,
     torch.int32: np.uint32,
 }
-"""What the kernel takes elements of each dtype for. Two of bf16 come as one, where AMX takes them
-so; of 16 bits, the sign of the integers tells."""
+"""What the kernel takes elements of each dtype for: the sign of 16 bits tells, and two of bf16 come
+as one where AMX takes them so."""
 
 CHUNK = 512
 """Tokens of which a head's keys are widened to fp32 at once: they stay near the core."""
 
 TILE = np.intp(16)
 """Words in a row of a tile of AMX."""
+
+USUAL_TOKENS = 512
+"""Of a request that is scored, by which it is decided what is faster."""
 
 LOG2_E = np.float32(math.log2(math.e))
 SMALLEST = np.float32(-87)
@@ -57,10 +63,11 @@ def _widened_of_dtype(element):
     def of_half(element):
         bits = np.uint32(np.uint16(element))
         sign = (bits & np.uint32(0x8000)) << np.uint32(16)
-        # Exponents of 5 bits where those of 8 are, and made as large: exact for subnormals too,
-        # while infinity becomes a large number.
+        # Exponents of 5 bits where those of 8 are, and made as large: exact for subnormals too.
         number = _fp32((bits & np.uint32(0x7FFF)) << np.uint32(13)) * np.float32(2.0**112)
-        return _fp32(np.float32(number).view(np.uint32) | sign)
+        is_none = (bits & np.uint32(0x7C00)) == np.uint32(0x7C00)  # infinite, or NaN
+        exponent = np.uint32(0x7F800000) if is_none else np.uint32(0)
+        return _fp32(np.float32(number).view(np.uint32) | sign | exponent)
 
     return of_half
 
@@ -263,11 +270,14 @@ def _score_blocks(
     num_queries = windows.shape[1]
     num_rows = group * num_queries
     size = kernel_blocks * block_size
+    of_head_mean = np.float32(1 / (num_kv_heads * group))
     end = 0
     for request in range(len(windows)):
         start = end
         while end < len(requests) and requests[end] == request:
             end += 1
+        if start == end:
+            continue
         num_keys = (end - start) * size
         kernel_ids = np.empty((end - start) * kernel_blocks, np.intp)
         for i in range(len(kernel_ids)):
@@ -319,7 +329,7 @@ def _score_blocks(
                         for t in range(i * size, (i + 1) * size):
                             score += received[t] * norms[t]
                         if not takes_highest:
-                            score /= num_kv_heads * group
+                            score *= of_head_mean
                         if not is_first:
                             before = out[layer, start + i]
                             score = max(score, before) if takes_highest else score + before
@@ -338,20 +348,15 @@ def block_scores(
         weighs_values: whether attention counts times the norm of what is read.
 
     Returns:
-        ``[num_layers, num_blocks]`` fp32; ``None`` for a cache that is quantised, or that lies in
-        another order than vLLM's CPU kernels for x86 keep it in, and where torch's operations are
-        faster.
+        ``[num_layers, num_blocks]`` fp32; ``None`` for layers that :func:`_find` finds nothing of.
     """
-    layers, num_blocks = cached.layers, len(cached.block_ids)
-    numel = layers.keys[:, : layers.kernel_blocks].numel() * num_blocks // len(cached.windows)
-    if not compiled_is_faster(numel):
-        return None
+    layers = cached.layers
     in_memory = _IN_MEMORY.get(layers)
     if in_memory is None:
         in_memory = _IN_MEMORY[layers] = _find(layers)
     if not in_memory:
         return None
-    scores = np.empty((len(layers.queries), num_blocks), np.float32)
+    scores = np.empty((len(layers.queries), len(cached.block_ids)), np.float32)
     _score_blocks(
         scores,
         *in_memory,
@@ -371,25 +376,33 @@ _IN_MEMORY: WeakKeyDictionary[CachedLayers, tuple[Any, ...]] = WeakKeyDictionary
 
 
 def _find(layers: CachedLayers) -> tuple[Any, ...]:
-    """What the kernel is told of layers; nothing where it cannot read their cache."""
-    keys, values, scales = layers.keys, layers.values, layers.logit_scales
-    num_heads, head_size = layers.queries.shape[2:]
+    """What the kernel is told of layers, once it has been compiled for them.
+
+    Returns:
+        Nothing where it cannot read their cache: that is quantised, or lies in another order than
+        vLLM's CPU kernels for x86 keep it in. Nor where torch's operations are faster, or where
+        numba fails, which is logged.
+    """
+    num_layers, _, num_heads, head_size = layers.queries.shape
+    keys, values = layers.pairs or (layers.keys, layers.values)
+    if numba.config.DISABLE_JIT or keys is None or values is None or keys.dtype not in ELEMENTS:
+        return ()
     num_kv_heads = keys.shape[2]
-    block_size = 2 * keys.shape[3] // head_size if layers.in_pairs else keys.shape[3]
-    of_head = keys.shape[3] if layers.in_pairs else block_size * head_size
-    if values is None or keys.dtype not in ELEMENTS or head_size % 4 or block_size % 4:
-        return ()
+    block_size = 2 * keys.shape[3] // head_size if layers.pairs else keys.shape[3]
     by_channel = (keys.stride()[3:], values.stride()[3:]) == ((1, block_size), (head_size, 1))
-    if not (layers.in_pairs or by_channel):
+    if not (layers.pairs or by_channel) or head_size % 4 or block_size % 4:
         return ()
-    return (
+    if not compiled_is_faster(num_layers * num_kv_heads * head_size * USUAL_TOKENS):
+        return ()
+    scales = layers.logit_scales
+    found = (
         _flat(layers.queries),
         layers.queries.stride()[:3],
         _flat(keys),
         keys.stride()[:3],
         _flat(values),
         values.stride()[:3],
-        of_head,
+        keys.shape[3] if layers.pairs else block_size * head_size,
         layers.kernel_blocks,
         block_size,
         np.float32(layers.scale),
@@ -398,6 +411,25 @@ def _find(layers: CachedLayers) -> tuple[Any, ...]:
         num_heads // num_kv_heads,
         head_size,
     )
+    of_nobody = np.empty(0, np.int64)
+    try:
+        _score_blocks(
+            np.empty((num_layers, 0), np.float32),
+            *found,
+            np.empty((0, 1), np.int64),
+            *[of_nobody] * 4,
+            True,
+            True,
+        )
+    except Exception:  # numba's, also of files that it has kept: an optimisation may fail
+        logger.warning(
+            "The scoring kernel does not compile; torch's operations take its place. What numba "
+            "has kept of it is in the folder __pycache__ beside %s, or in NUMBA_CACHE_DIR.",
+            __file__,
+            exc_info=True,
+        )
+        return ()
+    return found
 
 
 def _flat(tensor: torch.Tensor) -> np.ndarray:

@@ -88,9 +88,10 @@ def mean_key_cosine_kernel(
 
 def mean_key_cosine(cached: CachedBlocks) -> torch.Tensor:
     """Score blocks in the cache itself: see ``ops.scoring.cached_mean_key_cosine``."""
-    layers = cached.layers
+    layers, keys = cached.layers, cached.layers.keys
+    assert keys is not None
     num_layers, _, num_heads, head_size = layers.queries.shape
-    num_kv_heads, block_size = layers.keys.shape[2:4]
+    num_kv_heads, block_size = keys.shape[2:4]
     num_blocks = len(cached.block_ids)
     out = torch.empty(num_layers, num_blocks, dtype=torch.float32, device=layers.queries.device)
     if num_blocks == 0:
@@ -100,11 +101,11 @@ def mean_key_cosine(cached: CachedBlocks) -> torch.Tensor:
         out,
         layers.queries,
         cached.windows[cached.requests, -1],
-        layers.keys,
+        keys,
         cached.windows if scales is None else scales,
         cached.block_ids,
         *layers.queries.stride()[:3],
-        *layers.keys.stride(),
+        *keys.stride(),
         *_strides(scales),
         NUM_KV_HEADS=num_kv_heads,
         GROUP=num_heads // num_kv_heads,
@@ -272,9 +273,10 @@ def block_logsumexp(
         Twice ``[num_layers, num_blocks, num_heads, num_queries]`` fp32: see ``ops.scoring``, and
         the mean norm of a block's values under the exponentials of its logits.
     """
-    layers = cached.layers
+    layers, keys = cached.layers, cached.layers.keys
+    assert keys is not None
     num_layers, _, num_heads, head_size = layers.queries.shape
-    num_kv_heads, block_size = layers.keys.shape[2:4]
+    num_kv_heads, block_size = keys.shape[2:4]
     num_queries = cached.windows.shape[1]
     num_blocks = len(cached.block_ids)
     shape = (num_layers, num_blocks, num_heads, num_queries)
@@ -283,7 +285,7 @@ def block_logsumexp(
     if num_blocks == 0:
         return out, norms
     group = num_heads // num_kv_heads
-    read = layers.keys if values is None else values
+    read = keys if values is None else values
     key_scales, value_scales = layers.key_token_scales, layers.value_token_scales
     block_logsumexp_kernel[(num_blocks, num_layers)](
         out,
@@ -291,7 +293,7 @@ def block_logsumexp(
         layers.queries,
         cached.windows,
         cached.num_tokens,
-        layers.keys,
+        keys,
         read,
         cached.windows if key_scales is None else key_scales,
         cached.windows if value_scales is None else value_scales,
@@ -301,7 +303,7 @@ def block_logsumexp(
         cached.num_tokens if layers.logit_scales is None else layers.logit_scales,
         layers.scale,
         *layers.queries.stride()[:3],
-        *layers.keys.stride(),
+        *keys.stride(),
         *read.stride(),
         *_strides(key_scales),
         NUM_QUERIES=num_queries,
