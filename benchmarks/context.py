@@ -18,13 +18,15 @@ PACKAGES = ("vllm-semantic", "vllm", "torch", "transformers", "bitsandbytes", "v
 
 def context(model: str, **settings: Any) -> dict[str, Any]:
     """Machine, versions, model, date and the settings of a run, for its JSON."""
+    import torch
+
     return {
         "date": now(),
         "commit": _commit(),
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),
-            "threads": os.environ.get("OMP_NUM_THREADS", "1 (vLLM's default in one process)"),
+            "threads": torch.get_num_threads(),  # which a worker in one process leaves as it is
             "system": f"{platform.system()} {platform.machine()}",
             **_device(),
         },
