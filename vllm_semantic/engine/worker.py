@@ -300,7 +300,7 @@ class KVPolicyWorkerMixin(Worker):
         if group.world_size == 1:
             return scores
         # Both may reduce in place, and what a policy returned may be a part of something else.
-        of_rank, summed = scores.contiguous().clone(), scores.contiguous().clone()
+        of_rank, summed = (scores.clone(memory_format=torch.contiguous_format) for _ in range(2))
         means = group.all_reduce(summed) / group.world_size
         if not any(highest):
             return means

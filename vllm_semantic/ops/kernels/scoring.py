@@ -124,7 +124,11 @@ def _strides(scales: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if scales is None else scales.stride()
 
 
-@triton.jit(do_not_specialize_on_alignment=["block_ids", "requests", "first_positions"])  # type: ignore[untyped-decorator]
+# Parts of one tensor, which begin anywhere in it: no launch is compiled once more for that.
+PARTS = ["windows", "num_tokens", "block_ids", "requests", "first_positions"]
+
+
+@triton.jit(do_not_specialize_on_alignment=PARTS)  # type: ignore[untyped-decorator]
 def block_logsumexp_kernel(
     out,  # [num_layers, num_blocks, num_heads, num_queries] fp32
     norms,  # as out; not written without VALUES
