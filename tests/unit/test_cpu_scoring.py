@@ -6,6 +6,7 @@ import gc
 import logging
 import sys
 import weakref
+from dataclasses import replace
 
 import llvmlite.binding
 import numba
@@ -123,6 +124,15 @@ def test_what_the_kernels_of_vllm_write(isa: str, similarity: str) -> None:
     scores = policy.score_cached(blocks)
     assert scores is not None
     torch.testing.assert_close(scores[:, :3], policy.score(view), rtol=2**-16, atol=2**-20)
+
+
+@pytest.mark.cpu_build("its attention kernels write the cache")
+@pytest.mark.parametrize("isa", ["amx", "vec"])
+def test_scales_of_queries_count_in_any_order(isa: str) -> None:
+    scales = torch.rand(NUM_LAYERS, NUM_KV_HEADS)
+    layers = replace(scored(cached(isa)), query_scales=scales).in_place
+    assert layers is not None
+    assert layers.logit_scales is scales
 
 
 @pytest.mark.cpu_build("its attention kernels write the cache")
