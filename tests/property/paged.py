@@ -521,9 +521,8 @@ class PagedWorker:
         for i, slot in asked.recallable.items():
             assert row[i] == 0, "it is here, and would have to come back"
             self._check_slot(group, tokens, i, slot)
-        if (
-            behind or end > settled
-        ):  # the request has not come so far, and what is found counts nowhere
+        # Where the request has not come so far, what is found counts nowhere.
+        if behind or end > settled:
             return [float(-i % 3) for i in asked.scored_indices]
         return [tokens.score(end, i, group) for i in asked.scored_indices]
 

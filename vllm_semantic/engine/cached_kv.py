@@ -115,9 +115,8 @@ class CachedKV:
         """All keys and all values as words of two bf16 each, as AMX takes them, ``[num_layers,
         num_kernel_blocks, num_kv_heads, kernel_block_size * head_size / 2]`` int32; ``None`` where
         they are not kept so."""
-        if self.packing != amx_packing(self.kv_cache.shape[3], self.head_size):
-            return None
-        if self.kv_cache.dtype != torch.bfloat16:
+        as_amx = amx_packing(self.kv_cache.shape[3], self.head_size)
+        if self.packing != as_amx or self.kv_cache.dtype != torch.bfloat16:
             return None
         keys, values = (self._packed(which).view(torch.int32) for which in (0, 1))
         return keys, values

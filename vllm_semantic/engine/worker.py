@@ -299,11 +299,12 @@ class KVPolicyWorkerMixin(Worker):
         group = get_tp_group()
         if group.world_size == 1:
             return scores
-        # Both may reduce in place, and what a policy returned may be a part of something else.
-        of_rank, summed = (scores.clone(memory_format=torch.contiguous_format) for _ in range(2))
-        means = group.all_reduce(summed) / group.world_size
+        # A reduction may be in place, and what a policy returned may be a part of something else.
+        copied = partial(scores.clone, memory_format=torch.contiguous_format)
+        means = group.all_reduce(copied()) / group.world_size
         if not any(highest):
             return means
+        of_rank = copied()
         dist.all_reduce(of_rank, dist.ReduceOp.MAX, group.device_group)
         takes_highest = async_tensor_h2d(highest, scores.device, torch.bool)
         # NaN, by which a rank says that its policy failed, is a number to a maximum.

@@ -210,6 +210,10 @@ class KVPolicy(ABC):
     def score_cached(self, cached: CachedBlocks) -> torch.Tensor | None:
         """The same scores by a fused kernel that reads the cache in place, if there is one.
 
+        Args:
+            cached: blocks of one or more requests; their keys are ``None`` where no view shows
+                them, see :class:`~..ops.cached_blocks.CachedLayers`.
+
         Returns:
             ``[num_layers, num_blocks]`` fp32, also for a block that is being filled; or
             ``None``: there is no kernel for these layers, use :meth:`score` from now on.

@@ -387,8 +387,8 @@ def _find(layers: CachedLayers) -> tuple[Any, ...]:
     keys, values = layers.pairs or (layers.keys, layers.values)
     if numba.config.DISABLE_JIT or keys is None or values is None or keys.dtype not in ELEMENTS:
         return ()
-    num_kv_heads = keys.shape[2]
-    block_size = 2 * keys.shape[3] // head_size if layers.pairs else keys.shape[3]
+    num_kv_heads, of_head = keys.shape[2], keys[0, 0, 0].numel()
+    block_size = (2 if layers.pairs else 1) * of_head // head_size
     by_channel = (keys.stride()[3:], values.stride()[3:]) == ((1, block_size), (head_size, 1))
     if not (layers.pairs or by_channel) or head_size % 4 or block_size % 4:
         return ()
@@ -402,7 +402,7 @@ def _find(layers: CachedLayers) -> tuple[Any, ...]:
         keys.stride()[:3],
         _flat(values),
         values.stride()[:3],
-        keys.shape[3] if layers.pairs else block_size * head_size,
+        of_head,
         layers.kernel_blocks,
         block_size,
         np.float32(layers.scale),
